@@ -1,0 +1,1 @@
+"""One reader a format; each is a `checkpoint.base.TensorSource`."""
