@@ -66,7 +66,7 @@ class SafetensorsSource:
     def read(self, name: str, buffer: np.ndarray | None = None) -> np.ndarray:
         entry = self._entries[name]
         out = np.empty(entry.nbytes, np.uint8) if buffer is None else buffer[: entry.nbytes]
-        view, done = memoryview(out), 0
+        view, done = memoryview(out.data), 0
         while done < entry.nbytes:
             got = os.preadv(self._handle(entry.file), [view[done:]], self._offsets[name] + done)
             if got == 0:
@@ -123,14 +123,10 @@ def _read_header(file: Path) -> list[tuple[str, TensorEntry, int]]:
 def _entry(file: Path, name: str, info: Mapping[str, Any], base: int) -> tuple[str, TensorEntry, int]:
     begin, end = info["data_offsets"]
     if info["dtype"] not in DTYPE_BYTES:
-        raise CheckpointError(
-            f"{file}: tensor {name!r} has dtype {info['dtype']}, which deltalens does not know"
-        )
+        raise CheckpointError(f"{file}: tensor {name!r} has dtype {info['dtype']}, which deltalens does not know")
     entry = TensorEntry(name, info["dtype"], tuple(int(n) for n in info["shape"]), file)
     if begin < 0 or end - begin != entry.nbytes or any(n < 0 for n in entry.shape):
-        raise CheckpointError(
-            f"{file}: tensor {name!r} does not have the bytes its shape needs; the file is damaged"
-        )
+        raise CheckpointError(f"{file}: tensor {name!r} does not have the bytes its shape needs; the file is damaged")
     return name, entry, base + begin
 
 
