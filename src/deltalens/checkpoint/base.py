@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["DTYPE_BYTES", "FLOAT_DTYPES", "Checkpoint", "TensorEntry", "TensorSource"]
+__all__ = ["DTYPE_BYTES", "FLOAT_DTYPES", "Checkpoint", "TensorEntry", "TensorSource", "byte_range"]
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
@@ -44,6 +44,14 @@ class TensorEntry:
         return self.size * DTYPE_BYTES[self.dtype]
 
 
+def byte_range(entry: TensorEntry, start: int, count: int | None) -> tuple[int, int]:
+    """Offset and length in bytes of `count` elements (None: all that follow) from element `start` of a tensor."""
+    count = entry.size - start if count is None else count
+    assert 0 <= start <= start + count <= entry.size, (entry.name, start, count)
+    width = DTYPE_BYTES[entry.dtype]
+    return start * width, count * width
+
+
 class TensorSource(Protocol):
     """What a format's reader gives; one implementation a format, under `checkpoint.formats`."""
 
@@ -54,11 +62,14 @@ class TensorSource(Protocol):
     def entries(self) -> Mapping[str, TensorEntry]:
         """Every tensor, in the order of the files."""
 
-    def read(self, name: str, buffer: np.ndarray | None = None) -> np.ndarray:
-        """The tensor's bytes as a flat uint8 array.
+    def read(
+        self, name: str, buffer: np.ndarray | None = None, *, start: int = 0, count: int | None = None
+    ) -> np.ndarray:
+        """The bytes of a tensor, or of `count` of its elements from `start` on (row-major), as a flat uint8 array.
 
         Where `buffer` (uint8, at least as long) is given, the bytes land in it and a view of it is returned;
-        the caller owns it. Raises `CheckpointError` naming file and tensor when the bytes cannot be had.
+        the caller owns it. May be called from several threads at once. Raises `CheckpointError` naming file and
+        tensor when the bytes cannot be had.
         """
 
     def close(self) -> None:

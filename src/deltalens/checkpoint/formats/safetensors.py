@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from deltalens.checkpoint.base import DTYPE_BYTES, TensorEntry
+from deltalens.checkpoint.base import DTYPE_BYTES, TensorEntry, byte_range
 from deltalens.errors import CheckpointError
 
 __all__ = ["SafetensorsSource", "shards_of_index"]
@@ -44,6 +45,7 @@ class SafetensorsSource:
         self._entries: dict[str, TensorEntry] = {}
         self._offsets: dict[str, int] = {}
         self._handles: dict[Path, int] = {}
+        self._lock = threading.Lock()
         for file in files:
             for name, entry, offset in _read_header(file):
                 if name in self._entries:
@@ -63,26 +65,42 @@ class SafetensorsSource:
     def entries(self) -> Mapping[str, TensorEntry]:
         return self._entries
 
-    def read(self, name: str, buffer: np.ndarray | None = None) -> np.ndarray:
+    def read(
+        self, name: str, buffer: np.ndarray | None = None, *, start: int = 0, count: int | None = None
+    ) -> np.ndarray:
         entry = self._entries[name]
-        out = np.empty(entry.nbytes, np.uint8) if buffer is None else buffer[: entry.nbytes]
-        view, done = memoryview(out.data), 0
-        while done < entry.nbytes:
-            got = os.preadv(self._handle(entry.file), [view[done:]], self._offsets[name] + done)
+        begin, length = byte_range(entry, start, count)
+        out = np.empty(length, np.uint8) if buffer is None else buffer[:length]
+        view, done, handle = memoryview(out.data), 0, self._handle(entry.file)
+        while done < length:
+            got = os.preadv(handle, [view[done:]], self._offsets[name] + begin + done)
             if got == 0:
                 raise CheckpointError(f"{entry.file}: the file ends inside tensor {name!r}; it was cut short")
             done += got
         return out
 
     def _handle(self, file: Path) -> int:
-        if file not in self._handles:
-            self._handles[file] = os.open(file, os.O_RDONLY)
-        return self._handles[file]
+        with self._lock:
+            if file not in self._handles:
+                try:
+                    self._handles[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
+            return self._handles[file]
 
     def close(self) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
+        with self._lock:
+            for handle in self._handles.values():
+                os.close(handle)
+            self._handles.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: its own descriptors and lock are made there."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_handles", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._handles, self._lock = {}, threading.Lock()
 
 
 def _read_header(file: Path) -> list[tuple[str, TensorEntry, int]]:
