@@ -1,1 +1,35 @@
+"""deltalens shows, tests and exploits what post-training does to a model's weights.
 
+Exports are loaded when first used (PEP 562): analysing and patching safetensors imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from deltalens._version import __version__
+
+if TYPE_CHECKING:
+    from deltalens.analysis import AnalysisResult, Settings, analyze
+    from deltalens.patch import apply, pack
+
+__all__ = ["AnalysisResult", "Settings", "__version__", "analyze", "apply", "pack"]
+
+_HOMES = {
+    "AnalysisResult": "deltalens.analysis",
+    "Settings": "deltalens.analysis",
+    "analyze": "deltalens.analysis",
+    "apply": "deltalens.patch",
+    "pack": "deltalens.patch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'deltalens' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,121 @@
+"""Run `measure` over every pair: a few threads of one BLAS thread each, bounded memory, resumable.
+
+Threads, not processes: NumPy's linear algebra, the numba kernels and pread all let go of the interpreter's lock, and
+a second process would double the imports' memory. One tensor is worked on by one thread from start to end, so a
+row does not depend on how many threads there were.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from threadpoolctl import threadpool_limits
+
+from deltalens.analysis.journal import Journal
+from deltalens.analysis.pair import Measured, measure
+from deltalens.analysis.settings import Settings
+from deltalens.checkpoint.base import Checkpoint
+from deltalens.checkpoint.pairing import TensorPair
+
+__all__ = ["Progress", "default_jobs", "measure_all"]
+
+SMALL_ELEMENTS = 8 << 20  # tensors up to this size may always be measured side by side
+
+Progress = Callable[[int, int, str], None]
+"""Called with elements done, elements in all, and the name of the tensor just finished."""
+
+
+def default_jobs() -> int:
+    """One thread a processor that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+@dataclass(slots=True)
+class _Gate:
+    """Lets tensors in while those inside hold no more elements than the largest tensor (or a few small ones)."""
+
+    limit: int
+    inside: int = 0
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    @contextmanager
+    def hold(self, elements: int) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: self.inside == 0 or self.inside + elements <= self.limit)
+            self.inside += elements
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.inside -= elements
+                self.changed.notify_all()
+
+
+def measure_all(
+    pairs: Sequence[TensorPair],
+    source: Checkpoint,
+    trained: Checkpoint,
+    settings: Settings,
+    *,
+    master: Checkpoint | None = None,
+    jobs: int | None = None,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
+) -> list[Measured]:
+    """Rows of all pairs, in the pairs' order.
+
+    Args:
+        pairs: from `pair_checkpoints`.
+        source, trained, master: opened checkpoints; they must stay open.
+        settings: what to compute.
+        jobs: threads; one a processor by default.
+        journal: finished rows are written to it as they come, and taken from it where it has them already.
+        progress: told after each tensor.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+        KeyboardInterrupt: passed on once the tensors under way have been written to the journal.
+    """
+    results: dict[int, Measured] = {}
+    total = sum(pair.count for pair in pairs)
+    if journal is not None:
+        by_name = journal.finished()
+        results = {i: by_name[pair.name] for i, pair in enumerate(pairs) if pair.name in by_name}
+    done = sum(pairs[i].count for i in results)
+    if progress is not None:
+        progress(done, total, "")
+    # The largest first: the last tensors are then small, and no thread idles while another finishes a large one.
+    waiting = sorted((i for i in range(len(pairs)) if i not in results), key=lambda i: -pairs[i].count)
+    largest = max((pair.count for pair in pairs), default=0)
+    gate = _Gate(max(largest + SMALL_ELEMENTS, 2 * SMALL_ELEMENTS))
+
+    def work(index: int) -> tuple[int, Measured]:
+        with gate.hold(pairs[index].count):
+            return index, measure(pairs[index], source, trained, settings, master)
+
+    with threadpool_limits(1), ThreadPoolExecutor(jobs or default_jobs()) as pool:
+        running: set[Future[tuple[int, Measured]]] = {pool.submit(work, index) for index in waiting}
+        try:
+            while running:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    index, measured = future.result()
+                    results[index] = measured
+                    done += pairs[index].count
+                    if journal is not None:
+                        journal.add(measured)
+                    if progress is not None:
+                        progress(done, total, pairs[index].name)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            if journal is not None:
+                for future in running:
+                    if future.done() and not future.cancelled() and future.exception() is None:
+                        journal.add(future.result()[1])
+            raise
+    return [results[i] for i in range(len(pairs))]

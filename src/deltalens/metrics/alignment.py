@@ -1,0 +1,77 @@
+"""How an update lies against the source's singular subspaces (METRICS.md, "Geometry against the source")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from deltalens.metrics.spectrum import Blocks, Factorisation
+
+__all__ = ["DeltaPass", "delta_pass", "principal_sines", "projections", "spectral_shift"]
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaPass:
+    """What one pass over Δ gives: its image in the source's top-K bases.
+
+    Attributes:
+        long_energy: (K,) ‖Δᵀu_i‖² for each singular vector of the longer side.
+        short_energy: (K,) ‖Δv_i‖² for each of the shorter side.
+        core: (K, K) UᵀΔV.
+    """
+
+    long_energy: np.ndarray
+    short_energy: np.ndarray
+    core: np.ndarray
+
+
+def delta_pass(blocks: Blocks, width: int, source: Factorisation) -> DeltaPass:
+    """One pass over Δ's blocks (longer side as rows)."""
+    k = source.long.shape[1]
+    on_long = np.zeros((k, width))
+    core = np.zeros((k, k))
+    short_energy = np.zeros(k)
+    for part, block in blocks():
+        image = block @ source.short
+        short_energy += np.einsum("bk,bk->k", image, image)
+        basis = source.long[part]
+        on_long += basis.T @ block
+        core += basis.T @ image
+    return DeltaPass(np.einsum("kd,kd->k", on_long, on_long), short_energy, core)
+
+
+def projections(passed: DeltaPass, energy: float, k: int) -> tuple[float, float, float]:
+    """(joint, longer side, shorter side) share of ‖Δ‖² = `energy` inside the top-k subspaces."""
+    joint = float((passed.core[:k, :k] ** 2).sum()) / energy
+    return joint, float(passed.long_energy[:k].sum()) / energy, float(passed.short_energy[:k].sum()) / energy
+
+
+def principal_sines(before: np.ndarray, after: np.ndarray, ranks: Sequence[int]) -> list[float]:
+    """Mean sine of the principal angles between the leading k columns of two orthonormal bases, for each k.
+
+    Args:
+        before: (n, K) float64, orthonormal columns.
+        after: (n, K) float64, orthonormal columns.
+        ranks: the values of k, each at most K.
+
+    The sines are the singular values of (I − UUᵀ)U₊, not √(1 − cos²), which cancels for near-identical subspaces
+    ([G] computes them in float64 for that reason). The residual against all K columns is formed once; for k < K
+    the columns k … K of U are put back, so that only K × K matrices are left.
+    """
+    overlap = before.T @ after
+    outside = after - before @ overlap
+    outside_gram = outside.T @ outside
+    means = []
+    for k in ranks:
+        put_back = overlap[k:, :k]
+        gram = outside_gram[:k, :k] + put_back.T @ put_back
+        means.append(float(np.sqrt(np.clip(np.linalg.eigvalsh(gram), 0, 1)).mean()))
+    return means
+
+
+def spectral_shift(before: np.ndarray, after: np.ndarray) -> float | None:
+    """‖σ(W₊) − σ(W)‖ / ‖σ(W)‖ from all singular values, descending; None for a zero source ([G])."""
+    norm = float(np.linalg.norm(before))
+    return float(np.linalg.norm(after - before)) / norm if norm > 0 else None

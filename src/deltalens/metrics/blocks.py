@@ -1,0 +1,54 @@
+"""A matrix as float64 blocks along its longer side, so that no float64 copy of a large tensor is ever held.
+
+A side is prepared by `metrics.values.prepare`: uint16 bf16 words, float32 or float64. Blocks are oriented with
+the longer side as rows: (b, d) with d = min(m, n); a wide matrix is seen through its transpose, which swaps left
+and right. `long` and `short` name the two sides below; `Factorisation` and the callers turn them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from deltalens.metrics.values import delta_float64, to_float64
+
+__all__ = ["block_slices", "delta_blocks", "is_tall", "value_blocks"]
+
+BLOCK_ELEMENTS = 1 << 20  # 8 MB in float64: large enough for BLAS, small beside any tensor that needs blocks
+
+
+def is_tall(shape: tuple[int, int]) -> bool:
+    """True where the rows are the longer side (or as long)."""
+    return shape[0] >= shape[1]
+
+
+def block_slices(shape: tuple[int, int]) -> Iterator[slice]:
+    """Slices of the longer side, about `BLOCK_ELEMENTS` elements each."""
+    length, width = max(shape), min(shape)
+    step = max(1, BLOCK_ELEMENTS // max(width, 1))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def cut(values: np.ndarray, part: slice) -> np.ndarray:
+    """The part of a matrix (m, n) along its longer side, contiguous, in the matrix's own orientation."""
+    return values[part] if is_tall(values.shape) else np.ascontiguousarray(values[:, part])
+
+
+def value_blocks(values: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """(slice, float64 block (b, d)) of a matrix, longer side as rows."""
+    for part in block_slices(values.shape):
+        piece = cut(values, part)
+        out = np.empty(piece.shape)
+        to_float64(piece.reshape(-1), out.reshape(-1))
+        yield part, out if is_tall(values.shape) else out.T
+
+
+def delta_blocks(source: np.ndarray, trained: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """(slice, float64 block (b, d)) of trained − source in the compare dtype's arithmetic, longer side as rows."""
+    for part in block_slices(source.shape):
+        before, after = cut(source, part), cut(trained, part)
+        out = np.empty(before.shape)
+        delta_float64(before.reshape(-1), after.reshape(-1), out.reshape(-1))
+        yield part, out if is_tall(source.shape) else out.T
