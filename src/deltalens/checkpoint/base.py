@@ -105,6 +105,11 @@ class Checkpoint:
     def read(self) -> Callable[..., np.ndarray]:
         return self.tensors.read
 
+    def factors(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """(L, R) in float32 with L · R the tensor's whole update, where the format knows it (a LoRA adapter)."""
+        known = getattr(self.tensors, "factors", None)
+        return known(name) if known else None
+
     @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from deltalens.checkpoint.base import DTYPE_BYTES, TensorEntry, byte_range
+from deltalens.checkpoint.formats.pread import FileReader
 from deltalens.errors import CheckpointError
 
 __all__ = ["SafetensorsSource", "shards_of_index"]
@@ -44,8 +44,7 @@ class SafetensorsSource:
         self.files = tuple(files)
         self._entries: dict[str, TensorEntry] = {}
         self._offsets: dict[str, int] = {}
-        self._handles: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._reader = FileReader()
         for file in files:
             for name, entry, offset in _read_header(file):
                 if name in self._entries:
@@ -71,36 +70,11 @@ class SafetensorsSource:
         entry = self._entries[name]
         begin, length = byte_range(entry, start, count)
         out = np.empty(length, np.uint8) if buffer is None else buffer[:length]
-        view, done, handle = memoryview(out.data), 0, self._handle(entry.file)
-        while done < length:
-            got = os.preadv(handle, [view[done:]], self._offsets[name] + begin + done)
-            if got == 0:
-                raise CheckpointError(f"{entry.file}: the file ends inside tensor {name!r}; it was cut short")
-            done += got
+        self._reader.pread(entry.file, self._offsets[name] + begin, out, name)
         return out
 
-    def _handle(self, file: Path) -> int:
-        with self._lock:
-            if file not in self._handles:
-                try:
-                    self._handles[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
-            return self._handles[file]
-
     def close(self) -> None:
-        with self._lock:
-            for handle in self._handles.values():
-                os.close(handle)
-            self._handles.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For another process: its own descriptors and lock are made there."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_handles", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._handles, self._lock = {}, threading.Lock()
+        self._reader.close()
 
 
 def _read_header(file: Path) -> list[tuple[str, TensorEntry, int]]:
