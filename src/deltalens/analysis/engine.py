@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from threadpoolctl import threadpool_limits
 
 from deltalens.analysis.journal import Journal
-from deltalens.analysis.pair import Measured, measure
+from deltalens.analysis.pair import Buffers, Measured, measure
 from deltalens.analysis.settings import Settings
 from deltalens.checkpoint.base import Checkpoint
 from deltalens.checkpoint.pairing import TensorPair
@@ -94,9 +94,13 @@ def measure_all(
     largest = max((pair.count for pair in pairs), default=0)
     gate = _Gate(max(largest + SMALL_ELEMENTS, 2 * SMALL_ELEMENTS))
 
+    own = threading.local()
+
     def work(index: int) -> tuple[int, Measured]:
         with gate.hold(pairs[index].count):
-            return index, measure(pairs[index], source, trained, settings, master)
+            if not hasattr(own, "buffers"):
+                own.buffers = Buffers()
+            return index, measure(pairs[index], source, trained, settings, master, own.buffers)
 
     with threadpool_limits(1), ThreadPoolExecutor(jobs or default_jobs()) as pool:
         running: set[Future[tuple[int, Measured]]] = {pool.submit(work, index) for index in waiting}

@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from deltalens.analysis.null_draws import simulated_null
 from deltalens.analysis.settings import Settings, ratio_suffix
-from deltalens.checkpoint.base import Checkpoint
+from deltalens.checkpoint.base import DTYPE_BYTES, Checkpoint
 from deltalens.checkpoint.pairing import TensorPair
 from deltalens.metrics import random_values
 from deltalens.metrics.alignment import delta_pass, principal_sines, projections, spectral_shift
@@ -27,7 +27,7 @@ from deltalens.metrics.rounding_null import RoundingNull, expected_low_magnitude
 from deltalens.metrics.spectrum import Factorisation, factorise, singular_values, spectrum_metrics
 from deltalens.metrics.values import ceil_share, prepare, round_threshold, word_values
 
-__all__ = ["Measured", "measure"]
+__all__ = ["Buffers", "Measured", "measure"]
 
 KINDS = ("", "_nonzero")  # visible updates, and all that are not zero
 
@@ -42,8 +42,27 @@ class Measured:
     trained_hash: str | None = None
 
 
+class Buffers:
+    """Read buffers that one thread uses again and again: fresh memory costs more than the read itself."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, np.ndarray] = {}
+
+    def take(self, side: str, nbytes: int) -> np.ndarray:
+        """A uint8 buffer of at least `nbytes` for `source` or `trained`; what it held before is lost."""
+        if side not in self._held or self._held[side].size < nbytes:
+            self._held.pop(side, None)
+            self._held[side] = np.empty(nbytes, np.uint8)
+        return self._held[side]
+
+
 def measure(
-    pair: TensorPair, source: Checkpoint, trained: Checkpoint, settings: Settings, master: Checkpoint | None = None
+    pair: TensorPair,
+    source: Checkpoint,
+    trained: Checkpoint,
+    settings: Settings,
+    master: Checkpoint | None = None,
+    buffers: Buffers | None = None,
 ) -> Measured:
     """Every metric of one tensor.
 
@@ -52,12 +71,14 @@ def measure(
         source, trained: the opened checkpoints.
         settings: what to compute.
         master: float32 weights of TRAINED before rounding, for the `…_master` coverages.
+        buffers: the calling thread's read buffers.
 
     Raises:
         CheckpointError: a tensor's bytes cannot be read.
     """
-    raw_source = source.read(pair.source_name, start=pair.source_start, count=pair.count)
-    raw_trained = trained.read(pair.trained_name, start=pair.trained_start, count=pair.count)
+    buffers = buffers or Buffers()
+    raw_source = _read(source, pair.source_name, pair.source_start, pair, buffers, "source")
+    raw_trained = _read(trained, pair.trained_name, pair.trained_start, pair, buffers, "trained")
     before = prepare(raw_source, pair.source_dtype, settings.compare_dtype)
     after = prepare(raw_trained, pair.trained_dtype, settings.compare_dtype)
     tau = round_threshold(settings.threshold, settings.compare_dtype, _finer(pair))
@@ -85,6 +106,13 @@ def measure(
     if master is not None:
         row |= spectral.master_columns(_master_values(pair, master))
     return result
+
+
+def _read(
+    checkpoint: Checkpoint, name: str, start: int, pair: TensorPair, buffers: Buffers, side: str
+) -> np.ndarray:
+    nbytes = pair.count * DTYPE_BYTES[checkpoint.entries[name].dtype]
+    return checkpoint.read(name, buffers.take(side, nbytes), start=start, count=pair.count)
 
 
 def _finer(pair: TensorPair) -> str:

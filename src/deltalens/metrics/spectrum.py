@@ -1,6 +1,6 @@
 """Singular values and factorisations in float64, from the smaller Gram matrix where it is accurate enough.
 
-NumPy's `eigh` and `svd` are used rather than SciPy's: they release the interpreter lock, so that two tensors are
+NumPy's `eigvalsh` and `svd` are used rather than SciPy's: they release the interpreter lock, so that two tensors are
 factorised at once (checked with NumPy 2.4, SciPy 1.17).
 
 A Gram matrix squares the condition: an eigenvalue λ carries an absolute error of some ε·λ₁, so a σ below √ε·σ₁ is
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
+
+from deltalens.metrics.lapack import leading_eigenvectors
 
 __all__ = ["TOP_ENERGIES", "Factorisation", "factorise", "singular_values", "spectrum_metrics"]
 
@@ -86,8 +88,7 @@ def factorise(blocks: Blocks, length: int, width: int, k: int) -> Factorisation:
     Directions whose singular value is under 1e-12·σ₁ have no left partner; their long vector is zero, so that a
     rank-deficient source has no more principal directions than its rank.
     """
-    eigenvalues, vectors = np.linalg.eigh(gram(blocks, width))
-    eigenvalues, short = eigenvalues[::-1], np.ascontiguousarray(vectors[:, ::-1][:, :k])
+    eigenvalues, short = leading_eigenvectors(gram(blocks, width), k)
     values = np.sqrt(np.maximum(eigenvalues, 0))
     if eigenvalues[k - 1] < GRAM_VECTORS_DOWN_TO * eigenvalues[0]:
         _, values, transposed = np.linalg.svd(_reduced(blocks, width), full_matrices=False)
