@@ -92,8 +92,11 @@ def analyze(
     ] = None,
     threshold: Annotated[float, typer.Option(help="τ: an update is visible where |Δ| > τ.")] = 1e-5,
     compare_dtype: Annotated[
-        str, typer.Option(help="bf16 casts both sides first; stored compares as saved; fp32 in float32.")
-    ] = "bf16",
+        str | None,
+        typer.Option(
+            help="bf16 (default) casts both sides first; stored (default for LoRA) as saved; fp32 in float32."
+        ),
+    ] = None,
     spectrum: Annotated[str, typer.Option(help="exact (float64), fast (randomised), none.")] = "exact",
     ratios: Annotated[
         str, typer.Option(help="Ratios of subspaces and masks; 10 % is always among them.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from deltalens.analysis.result import AnalysisResult
 from deltalens.analysis.settings import Settings
 from deltalens.analysis.summary import summary_tables
 from deltalens.checkpoint import Checkpoint, open_checkpoint
+from deltalens.checkpoint.formats.peft import LoraSource
 from deltalens.checkpoint.pairing import Pairing, pair_checkpoints
 from deltalens.errors import DeltalensError
 
@@ -55,7 +57,10 @@ def analyze(
         DeltalensError: `output` cannot be written.
     """
     settings = settings or Settings()
-    with open_checkpoint(source) as before, open_checkpoint(trained) as after:
+    with open_checkpoint(source) as before, open_checkpoint(trained, base=before) as after:
+        if settings.compare_dtype is None:
+            lora = isinstance(after.tensors, LoraSource)
+            settings = replace(settings, compare_dtype="stored" if lora else "bf16")
         pairing = pair_checkpoints(before, after, include=include, exclude=exclude)
         full = open_checkpoint(master) if master is not None else None
         journal = None
@@ -84,9 +89,7 @@ def _journal(output: Path, identity: dict[str, Any], resume: bool) -> Journal:
     try:
         return Journal(output, identity, resume=resume)
     except OSError as error:
-        raise DeltalensError(
-            f"{output}: cannot be written ({error.strerror}); choose another folder with -o"
-        ) from None
+        raise DeltalensError(f"{output}: cannot be written ({error.strerror}); choose another folder with -o") from None
 
 
 def _files(checkpoint: Checkpoint) -> list[dict[str, Any]]:

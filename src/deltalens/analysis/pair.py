@@ -17,6 +17,7 @@ from blake3 import blake3
 from deltalens.analysis.null_draws import simulated_null
 from deltalens.analysis.settings import Settings, ratio_suffix
 from deltalens.checkpoint.base import DTYPE_BYTES, Checkpoint
+from deltalens.checkpoint.formats.peft import LoraSource
 from deltalens.checkpoint.pairing import TensorPair
 from deltalens.metrics import random_values
 from deltalens.metrics.alignment import delta_pass, principal_sines, projections, spectral_shift
@@ -24,7 +25,13 @@ from deltalens.metrics.blocks import delta_blocks, is_tall, value_blocks
 from deltalens.metrics.coordinates import Coordinates, low_magnitude_coverage, measure_coordinates
 from deltalens.metrics.masks import MaskSpec, entry_codes, principal_mask_sums
 from deltalens.metrics.rounding_null import RoundingNull, expected_low_magnitude_coverage, fine_histogram, fit
-from deltalens.metrics.spectrum import Factorisation, factorise, singular_values, spectrum_metrics
+from deltalens.metrics.spectrum import (
+    Factorisation,
+    factorise,
+    product_singular_values,
+    singular_values,
+    spectrum_metrics,
+)
 from deltalens.metrics.values import ceil_share, prepare, round_threshold, word_values
 
 __all__ = ["Buffers", "Measured", "measure"]
@@ -79,15 +86,18 @@ def measure(
     buffers = buffers or Buffers()
     raw_source = _read(source, pair.source_name, pair.source_start, pair, buffers, "source")
     raw_trained = _read(trained, pair.trained_name, pair.trained_start, pair, buffers, "trained")
-    before = prepare(raw_source, pair.source_dtype, settings.compare_dtype)
-    after = prepare(raw_trained, pair.trained_dtype, settings.compare_dtype)
-    tau = round_threshold(settings.threshold, settings.compare_dtype, _finer(pair))
+    before = prepare(raw_source, pair.source_dtype, settings.compare)
+    after = prepare(raw_trained, pair.trained_dtype, settings.compare)
+    tau = round_threshold(settings.threshold, settings.compare, _finer(pair))
     coordinates = measure_coordinates(
         before, after, threshold=tau, stored=(raw_source, raw_trained), ratios=_shares(settings)
     )
     result = Measured(_identity(pair))
     if settings.spectrum != "none":
-        result.source_hash, result.trained_hash = blake3(raw_source.data).hexdigest(), blake3(raw_trained.data).hexdigest()
+        result.source_hash, result.trained_hash = (
+            blake3(raw_source.data).hexdigest(),
+            blake3(raw_trained.data).hexdigest(),
+        )
     row = result.row
     row |= _coordinate_columns(coordinates)
     if coordinates.nonfinite:
@@ -100,7 +110,7 @@ def measure(
         return result
     shape = (pair.shape[0], pair.shape[1])
     left, right = before.reshape(shape), after.reshape(shape)
-    spectral = _Spectral(left, right, coordinates, tau, nulls, settings)
+    spectral = _Spectral(left, right, coordinates, tau, nulls, settings, _low_rank(pair, trained, settings))
     row |= spectral.columns()
     result.spectra = spectral.spectra
     if master is not None:
@@ -108,9 +118,18 @@ def measure(
     return result
 
 
-def _read(
-    checkpoint: Checkpoint, name: str, start: int, pair: TensorPair, buffers: Buffers, side: str
-) -> np.ndarray:
+def _low_rank(pair: TensorPair, trained: Checkpoint, settings: Settings) -> tuple[np.ndarray, np.ndarray] | None:
+    """L and R with L · R = Δ exactly, where TRAINED is a LoRA adapter and nothing has been rounded."""
+    if settings.compare != "stored" or not isinstance(trained.tensors, LoraSource):
+        return None
+    factors = trained.tensors.factors(pair.trained_name)
+    if factors is None:
+        return None
+    first = pair.trained_start // pair.shape[1]
+    return factors[0][first : first + pair.shape[0]], factors[1]
+
+
+def _read(checkpoint: Checkpoint, name: str, start: int, pair: TensorPair, buffers: Buffers, side: str) -> np.ndarray:
     nbytes = pair.count * DTYPE_BYTES[checkpoint.entries[name].dtype]
     return checkpoint.read(name, buffers.take(side, nbytes), start=start, count=pair.count)
 
@@ -186,9 +205,9 @@ def _fit_nulls(
 
 def _grid(pair: TensorPair, settings: Settings) -> Literal["bf16", "fp16", "fp32"]:
     """The grid on which the trained weights were stored, as far as the comparison sees it."""
-    if settings.compare_dtype == "stored":
+    if settings.compare == "stored":
         return {"BF16": "bf16", "F16": "fp16"}.get(pair.trained_dtype, "fp32")  # type: ignore[return-value]
-    return "bf16" if settings.compare_dtype == "bf16" else "fp32"
+    return "bf16" if settings.compare == "bf16" else "fp32"
 
 
 def _excess(observed: float | None, null: float | None) -> float | None:
@@ -228,7 +247,9 @@ class _Spectral:
         tau: float,
         nulls: tuple[RoundingNull | None, RoundingNull | None],
         settings: Settings,
+        low_rank: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
+        self.low_rank = low_rank
         self.before, self.after = before, after
         self.c, self.tau, self.nulls, self.settings = coordinates, tau, nulls, settings
         self.length, self.width = max(before.shape), min(before.shape)
@@ -259,7 +280,12 @@ class _Spectral:
         m, n = self.before.shape
         blocks = partial(delta_blocks, self.before, self.after)
         passed = delta_pass(blocks, self.width, self.source)
-        values = singular_values(blocks, self.length, self.width) if self.c.delta_energy > 0 else np.zeros(self.width)
+        if self.c.delta_energy == 0:
+            values = np.zeros(self.width)
+        elif self.low_rank is not None:
+            values = product_singular_values(*self.low_rank)
+        else:
+            values = singular_values(blocks, self.length, self.width)
         self.spectra["delta"] = values
         row: dict[str, Any] = dict(spectrum_metrics(values))
         row["stable_rank_random"] = random_values.stable_rank_random(m, n)

@@ -20,7 +20,8 @@ class Settings:
 
     Attributes:
         threshold: τ; an update is visible where |Δ| > τ.
-        compare_dtype: `bf16` casts both sides to bf16 first, `stored` compares as saved, `fp32` in float32.
+        compare_dtype: `bf16` casts both sides to bf16 first, `stored` compares as saved, `fp32` in float32. Not given,
+            it is `bf16`, and `stored` where TRAINED is a LoRA adapter, whose update rounding would hide.
         spectrum: `exact` (float64 LAPACK), `fast` (randomised), or `none` (coordinates and magnitude masks only).
         ratios: ratios of the principal subspaces and the masks; 10 % is always among them.
         mask_rank, mask_share: one more pair of masks, of rank k and share α ([G] uses 64 and 0.5), columns
@@ -33,7 +34,7 @@ class Settings:
     """
 
     threshold: float = 1e-5
-    compare_dtype: Compare = "bf16"
+    compare_dtype: Compare | None = None
     spectrum: Spectrum = "exact"
     ratios: tuple[float, ...] = DEFAULT_RATIOS
     mask_rank: int | None = None
@@ -44,7 +45,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < float("inf"):
             raise ValueError(f"the threshold must be finite and not negative, not {self.threshold}")
-        if self.compare_dtype not in COMPARE_DTYPES:
+        if self.compare_dtype is not None and self.compare_dtype not in COMPARE_DTYPES:
             raise ValueError(f"compare dtype {self.compare_dtype!r}: choose one of {', '.join(COMPARE_DTYPES)}")
         if self.spectrum not in ("exact", "fast", "none"):
             raise ValueError(f"spectrum {self.spectrum!r}: choose exact, fast or none")
@@ -54,6 +55,11 @@ class Settings:
         if self.null_draws < 0 or (self.mask_rank is not None and self.mask_rank < 1):
             raise ValueError("null draws and the mask's rank are not negative")
         object.__setattr__(self, "ratios", tuple(sorted({*self.ratios, HEADLINE})))
+
+    @property
+    def compare(self) -> Compare:
+        """The compare dtype in force."""
+        return self.compare_dtype or "bf16"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

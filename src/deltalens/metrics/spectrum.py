@@ -19,7 +19,14 @@ import numpy as np
 
 from deltalens.metrics.lapack import leading_eigenvectors
 
-__all__ = ["TOP_ENERGIES", "Factorisation", "factorise", "singular_values", "spectrum_metrics"]
+__all__ = [
+    "TOP_ENERGIES",
+    "Factorisation",
+    "factorise",
+    "product_singular_values",
+    "singular_values",
+    "spectrum_metrics",
+]
 
 TOP_ENERGIES = (1, 2, 4, 8, 16, 32, 64)
 RANK_TOLERANCES = (1e-4, 1e-5, 1e-6)
@@ -67,6 +74,15 @@ def singular_values(blocks: Blocks, length: int, width: int) -> np.ndarray:
     if eigenvalues[-1] > GRAM_VALUES_DOWN_TO * eigenvalues[0] or eigenvalues[0] == 0:
         return np.sqrt(np.maximum(eigenvalues, 0))
     return np.linalg.svd(_reduced(blocks, width), compute_uv=False)
+
+
+def product_singular_values(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """All min(m, n) singular values of left · right (m × r, r × n) from its r × r core: exactly zero beyond rank r."""
+    core = np.linalg.qr(left.astype(np.float64), mode="r") @ np.linalg.qr(right.T.astype(np.float64), mode="r").T
+    values = np.zeros(min(left.shape[0], right.shape[1]))
+    top = np.linalg.svd(core, compute_uv=False)[: values.size]
+    values[: top.size] = top
+    return values
 
 
 def _reduced(blocks: Blocks, width: int) -> np.ndarray:
