@@ -1,0 +1,222 @@
+"""What rounding alone makes of an update that prefers no weight: the null of METRICS.md, "Rounding null".
+
+A weight on a grid of floating-point numbers receives a Gaussian step of scale s and is rounded. It changes visibly
+where the step crosses the boundary that lies just beyond τ, so P(visible | w) depends on w's magnitude alone: small
+weights lie on a finer grid and change more often. s is chosen so that the tensor's expected density is the
+observed one; the expected coverage of a mask then is Σ_mask P / Σ P.
+
+The formula counts the exact difference of the rounded and the first weight against τ. In bf16 Δ itself is rounded,
+which moves the boundary by less than half a spacing of τ, for weights below 2τ only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import exp, log, log1p, pi, sqrt
+from typing import Literal
+
+import numpy as np
+from numba import njit, types
+from scipy.special import erfc
+
+from deltalens.metrics.values import KERNEL, SINGLES, ceil_share
+
+__all__ = [
+    "FINE_CELLS",
+    "RoundingNull",
+    "expected_coverage",
+    "expected_low_magnitude_coverage",
+    "fine_histogram",
+    "fit",
+]
+
+Grid = Literal["bf16", "fp16", "fp32"]
+BINS = 32768
+FINE_CELLS = 16
+# Mantissa bits without the leading one, exponent of the smallest normal number.
+_FORMATS: dict[str, tuple[int, int]] = {"bf16": (7, -126), "fp16": (10, -14), "fp32": (23, -126)}
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingNull:
+    """A fitted null: `scale` is s, `probability` float64[32768] is P(visible | word), 0 where no weight has the word."""
+
+    scale: float
+    probability: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class _Classes:
+    """Pairs of distances that occur (float64[C], C a few hundred), and the class of each word and cell (int[32768, c])."""
+
+    plus: np.ndarray
+    minus: np.ndarray
+    index: np.ndarray
+
+
+def fit(
+    total_histogram: np.ndarray,
+    observed_count: int | float,
+    tau: float,
+    grid: Grid,
+    fine: np.ndarray | None = None,
+) -> RoundingNull | None:
+    """Fit the scale at which the expected number of visible updates is `observed_count`, to 1e-10 of it.
+
+    `total_histogram`: int64[32768], weights by magnitude word (`Coordinates.total_histogram`). `tau`: already rounded
+    to the compare dtype; 0 for the null of the nonzero updates. `grid`: the numbers that both sides take. `fine`, for
+    a source stored finer than a bf16 grid: its `fine_histogram`; each word's P is then the mean over its weights.
+    None where the density is 0 or 1, so that no scale, or any, explains it.
+    """
+    size = int(total_histogram.sum())
+    if not 0 < observed_count < size:
+        return None
+    classes = _classes(grid, float(tau), fine is not None)
+    words = np.flatnonzero(total_histogram)
+    cells = classes.index[words]  # (words, cells)
+    if fine is None:
+        share = np.full(cells.shape, 1.0 / cells.shape[1])
+    else:
+        counts = fine[words].astype(np.float64)
+        held = counts.sum(axis=1, keepdims=True)
+        # A weight just on a boundary may be binned next door: a word that then has no cell takes all of them alike.
+        share = np.where(held > 0, counts, 1.0) / np.where(held > 0, held, counts.shape[1])
+    mass = np.bincount(cells.ravel(), (share * total_histogram[words, None]).ravel(), minlength=classes.plus.size)
+    used = np.flatnonzero(mass)
+    scale = _solve_scale(classes.plus[used], classes.minus[used], mass[used] / size, observed_count / size)
+    by_class = np.zeros(classes.plus.size)
+    by_class[used] = _probability(classes.plus[used], classes.minus[used], scale)
+    probability = np.zeros(BINS)
+    probability[words] = (share * by_class[cells]).sum(axis=1)
+    return RoundingNull(scale, probability)
+
+
+def expected_coverage(null: RoundingNull, total_histogram: np.ndarray, mask_histogram: np.ndarray) -> float:
+    """Σ_mask P / Σ P, the share of the visible updates that the null puts in a mask.
+
+    `mask_histogram` [32768]: the mask's weights by word; fractional where ties at its edge count by their share.
+    """
+    return float((null.probability @ mask_histogram) / (null.probability @ total_histogram))
+
+
+def expected_low_magnitude_coverage(null: RoundingNull, total_histogram: np.ndarray, ratio: float) -> float:
+    """`expected_coverage` of the ⌈ratio · N⌉ smallest weights; the word at the edge counts by the share that fits."""
+    before = np.cumsum(total_histogram) - total_histogram
+    inside = np.clip(ceil_share(ratio, int(total_histogram.sum())) - before, 0, total_histogram)
+    return expected_coverage(null, total_histogram, inside)
+
+
+@njit([types.void(SINGLES, types.int64[::1])], **KERNEL)
+def _count_cells(source: np.ndarray, counts: np.ndarray) -> None:
+    bits = source.view(np.uint32)
+    for i in range(bits.size):
+        cell = ((bits[i] & np.uint32(0x7FFFFFFF)) + np.uint32(0x8000)) >> np.uint32(12)
+        counts[min(cell, np.uint32(counts.size - 1))] += 1
+
+
+def fine_histogram(source: np.ndarray) -> np.ndarray:
+    """int64[32768, 16]: float32 weights (flat) by their rounded bf16 word, and where in its rounding cell they lie."""
+    counts = np.zeros(BINS * FINE_CELLS, np.int64)
+    _count_cells(np.ascontiguousarray(source, np.float32), counts)
+    return counts.reshape(BINS, FINE_CELLS)
+
+
+@lru_cache(maxsize=16)
+def _classes(grid: Grid, tau: float, fine: bool) -> _Classes:
+    """The two distances of every word and cell, computed once for a grid and threshold."""
+    word = np.arange(BINS, dtype=np.int64)[:, None] << 16
+    if grid == "bf16" and fine:
+        # A cell reaches from half a spacing below the word to half above, uniform in the bits of the float32.
+        bits = word - 0x8000 + (np.arange(FINE_CELLS) << 12) + 0x800
+        on_grid = np.broadcast_to(word, bits.shape)
+    elif grid == "bf16":
+        bits = on_grid = word
+    elif grid == "fp16":
+        bits = on_grid = word + (np.arange(8) << 13)  # the eight numbers of binary16 that share a bf16 word
+    else:
+        bits = on_grid = word + 0x8000  # 65536 numbers alike but for the power of two: the middle one stands for all
+    weight, centre = _float64_of(bits), _float64_of(on_grid)
+    up, down = _floor(centre + tau, grid), _ceil(centre - tau, grid)
+    plus = 0.5 * (up + _next_up(up, grid)) - weight
+    minus = weight - 0.5 * (down + _next_down(down, grid))
+    pairs, index = np.unique(np.stack([plus.ravel(), minus.ravel()], axis=1), axis=0, return_inverse=True)
+    return _Classes(np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1]), index.reshape(bits.shape))
+
+
+def _float64_of(bits: np.ndarray) -> np.ndarray:
+    """The float32 of a magnitude's bits as float64, with NaN and Inf as the numbers that would follow."""
+    bits = np.maximum(bits, 0)
+    exponent, mantissa = bits >> 23, (bits & 0x7FFFFF).astype(np.float64)
+    normal = exponent > 0
+    return np.ldexp(mantissa + np.where(normal, float(1 << 23), 0.0), np.where(normal, exponent, 1) - 150)
+
+
+def _spacing(x: np.ndarray, grid: Grid) -> np.ndarray:
+    """Distance from |x| to the next number of the grid further from zero."""
+    mantissa_bits, smallest = _FORMATS[grid]
+    _, exponent = np.frexp(x)
+    return np.ldexp(1.0, np.maximum(np.where(x == 0, smallest, exponent - 1), smallest) - mantissa_bits)
+
+
+def _floor(x: np.ndarray, grid: Grid) -> np.ndarray:
+    step = _spacing(x, grid)
+    return np.floor(x / step) * step
+
+
+def _ceil(x: np.ndarray, grid: Grid) -> np.ndarray:
+    return -_floor(-x, grid)
+
+
+def _next_up(x: np.ndarray, grid: Grid) -> np.ndarray:
+    """The next number above a number of the grid (of either sign)."""
+    step = _spacing(x, grid)
+    # Towards zero from a power of two the grid is twice as fine, unless it has reached its smallest spacing.
+    fraction, _ = np.frexp(x)
+    mantissa_bits, smallest = _FORMATS[grid]
+    finer = (fraction == -0.5) & (step > np.ldexp(1.0, smallest - mantissa_bits))
+    return x + np.where(finer, 0.5, 1.0) * step
+
+
+def _next_down(x: np.ndarray, grid: Grid) -> np.ndarray:
+    return -_next_up(-x, grid)
+
+
+def _probability(plus: np.ndarray, minus: np.ndarray, scale: float) -> np.ndarray:
+    with np.errstate(over="ignore", under="ignore"):
+        return 0.5 * (erfc(plus / (sqrt(2.0) * scale)) + erfc(minus / (sqrt(2.0) * scale)))
+
+
+def _solve_scale(plus: np.ndarray, minus: np.ndarray, share: np.ndarray, density: float) -> float:
+    """The s at which Σ share · P(s) = density. Newton in log s on the log-odds, held inside a bracket.
+
+    The mean of P rises with s from 0 to 1, so there is one root; log-odds make the curve nearly straight.
+    """
+    goal = log(density) - log1p(-density)
+    low, high = log(1e-46), log(1e40)
+    order = np.argsort(plus)
+    middle = plus[order][np.searchsorted(np.cumsum(share[order]), 0.5 * share.sum())]
+    x = log(max(float(middle), 1e-45))
+    for _ in range(200):
+        scale = exp(x)
+        mean = float(share @ _probability(plus, minus, scale))
+        if abs(mean - density) <= 2e-12 * density:
+            break
+        if mean < density:
+            low = x
+        else:
+            high = x
+        x_next = 0.5 * (low + high)
+        if 0.0 < mean < 1.0:
+            with np.errstate(under="ignore", over="ignore"):
+                slope = sum(float(share @ (d / scale * np.exp(-0.5 * (d / scale) ** 2))) for d in (plus, minus)) / sqrt(
+                    2.0 * pi
+                )
+            if slope > 0.0:
+                newton = x + (goal - log(mean) + log1p(-mean)) * mean * (1.0 - mean) / slope
+                if low < newton < high:
+                    x_next = newton
+        if x_next == x or high - low < 1e-15:
+            break
+        x = x_next
+    return exp(x)
