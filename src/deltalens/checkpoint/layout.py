@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
-__all__ = ["expert_stack", "fused_parts"]
+__all__ = ["expert_stack", "fused_parts", "stacked_experts"]
 
 # Read in transformers' modeling files: q, k, v stand one after another along the output dimension, likewise gate
 # and up. GPT-NeoX, Bloom, Falcon and Persimmon interleave q, k, v head by head, GPT-2 stores (in, out): whole.
@@ -56,3 +57,21 @@ def fused_parts(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) ->
         if width and rows == (heads + 2 * groups) * width:
             return [("[q]", heads * width), ("[k]", groups * width), ("[v]", groups * width)]
     return whole
+
+
+def stacked_experts(name: str, shape: tuple[int, ...]) -> list[tuple[str, int, tuple[int, ...]]]:
+    """The separate tensors that a stack of experts stands for: name, first element, shape; [] of any other tensor.
+
+    `…experts.gate_up_proj` (E, 2a, b) holds for each expert gate_proj's rows, then up_proj's;
+    `…experts.down_proj` (E, b, a) holds down_proj: transformers 5, `conversion_mapping.py`.
+    """
+    stem, _, leaf = name.rpartition(".")
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(leaf, ())
+    if not stem.endswith(".experts") or len(shape) != 3 or not parts or shape[1] % len(parts):
+        return []
+    each = (shape[1] // len(parts), shape[2])
+    return [
+        (f"{stem}.{expert}.{part}.weight", (expert * len(parts) + i) * prod(each), each)
+        for expert in range(shape[0])
+        for i, part in enumerate(parts)
+    ]

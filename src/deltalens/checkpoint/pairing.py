@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 
-from deltalens.checkpoint.base import FLOAT_DTYPES, Checkpoint, TensorEntry
-from deltalens.checkpoint.layout import expert_stack, fused_parts
+from deltalens.checkpoint.base import DTYPE_BYTES, FLOAT_DTYPES, Checkpoint, TensorEntry
+from deltalens.checkpoint.layout import expert_stack, fused_parts, stacked_experts
 from deltalens.checkpoint.roles import role_of
 from deltalens.checkpoint.tokenizer import tokenizer_conflict
 from deltalens.errors import CheckpointError
@@ -47,6 +47,11 @@ class TensorPair:
     def count(self) -> int:
         """Number of elements."""
         return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read on both sides."""
+        return self.count * (DTYPE_BYTES[self.source_dtype] + DTYPE_BYTES[self.trained_dtype])
 
     @property
     def is_matrix(self) -> bool:
@@ -105,6 +110,9 @@ def pair_checkpoints(
         reshaped += not rows
         pairs += rows
         skipped += left_over
+    restacked = _restacked(source, trained, alone_source, alone_trained)
+    floats += len(restacked)
+    pairs += restacked
     _list_missing(alone_source, "SOURCE", "TRAINED", trained.entries, skipped)
     _list_missing(alone_trained, "TRAINED", "SOURCE", source.entries, skipped)
     if not floats:
@@ -233,13 +241,15 @@ def _rows(
     """The rows that one pair of tensors gives, and what of it is not compared. No rows: the shapes disagree."""
     shape, left_over = a.shape, []
     role, _, _ = role_of(a.name)
+    # A head that SOURCE ties to its embedding, compared with TRAINED's own head, is a row of that name.
+    title = b.name if role == "embedding" and role_of(b.name)[0] == "lm_head" else a.name
     if a.shape != b.shape:
         vocabulary = role in ("embedding", "lm_head") and len(a.shape) in (1, 2) and a.shape[1:] == b.shape[1:]
         if not vocabulary:
             return [], [Skipped(a.name, f"reshaped: {list(a.shape)} in SOURCE, {list(b.shape)} in TRAINED")]
         common, longest = sorted((a.shape[0], b.shape[0]))
         where = "SOURCE" if a.shape[0] > common else "TRAINED"
-        left_over = [Skipped(f"{a.name}[{common}:{longest}]", f"vocabulary rows that only {where} has")]
+        left_over = [Skipped(f"{title}[{common}:{longest}]", f"vocabulary rows that only {where} has")]
         shape = (common, *a.shape[1:])
     if expert_stack(a.name, shape):
         inner, width = shape[1:], prod(shape[1:])
@@ -254,7 +264,7 @@ def _rows(
             start += prod(part)
     pairs = []
     for label, start, part in parts:
-        name = a.name + label
+        name = title + label
         role, layer, module = role_of(name)
         pairs.append(
             TensorPair(
@@ -272,6 +282,64 @@ def _rows(
             )
         )
     return pairs, left_over
+
+
+def _restacked(
+    source: Checkpoint, trained: Checkpoint, alone_source: list[str], alone_trained: list[str]
+) -> list[TensorPair]:
+    """Rows of experts that one side stacks in one tensor and the other stores one by one; they leave the lists.
+
+    transformers 5 stacks them in memory, so that shards of a running model have stacks, and files have not.
+    A row is named as the side that stores them apart names the tensor.
+    """
+    pairs = []
+    for stacks, stacked, apart, separate in (
+        (source, alone_source, trained, alone_trained),
+        (trained, alone_trained, source, alone_source),
+    ):
+        by_bare = {_bare(name): name for name in separate}
+        for name in list(stacked):
+            entry = stacks.entries[name]
+            parts = [
+                (by_bare.get(_bare(one)), start, shape) for one, start, shape in stacked_experts(name, entry.shape)
+            ]
+            fits = [
+                (one, start, shape)
+                for one, start, shape in parts
+                if one and apart.entries[one].shape == shape and apart.entries[one].dtype in FLOAT_DTYPES
+            ]
+            if entry.dtype not in FLOAT_DTYPES or not parts or len(fits) != len(parts):
+                continue
+            stacked.remove(name)
+            for one, start, shape in fits:
+                separate.remove(one)
+                role, layer, module = role_of(one)
+                row = TensorPair(
+                    name=one,
+                    role=role,
+                    layer=layer,
+                    module=module,
+                    shape=shape,
+                    source_name=one,
+                    trained_name=name,
+                    source_dtype=apart.entries[one].dtype,
+                    trained_dtype=entry.dtype,
+                    trained_start=start,
+                )
+                pairs.append(row if apart is source else _swapped(row))
+    return pairs
+
+
+def _swapped(row: TensorPair) -> TensorPair:
+    return replace(
+        row,
+        source_name=row.trained_name,
+        trained_name=row.source_name,
+        source_dtype=row.trained_dtype,
+        trained_dtype=row.source_dtype,
+        source_start=row.trained_start,
+        trained_start=row.source_start,
+    )
 
 
 def _list_missing(

@@ -103,6 +103,10 @@ class LoraSource:
             raise CheckpointError(f"{folder}: {module!r} has rank {rank}, not the rank that adapter_config.json says")
         self._low[target] = (a, b, alpha / rank, transposed)
         entry = self._base.entries[target]
+        if target in self._own and np.array_equal(
+            _float32(self._adapter, self._own[target]), _float32(self._base, target)
+        ):
+            del self._own[target]  # PEFT saves a copy of an adapted embedding; it is the base's, as it should be
         self._entries[target] = TensorEntry(target, "F32", entry.shape, self._adapter.entries[a].file)
 
     @property
@@ -110,9 +114,12 @@ class LoraSource:
         return self._entries
 
     def factors(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """(L, R) in float32 with L · R = W₊ − W exactly, L m × r and R r × n; None where nothing of that rank."""
-        if name not in self._low:
+        """(L, R) in float32, L m × r and R r × n, with W₊ = W + L · R; None where the tensor is not adapted so."""
+        if name not in self._low or name in self._own:
             return None
+        return self._factors(name)
+
+    def _factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         a_key, b_key, scaling, transposed = self._low[name]
         a, b = (_float32(self._adapter, key) for key in (a_key, b_key))
         b = np.float32(scaling) * b
@@ -121,19 +128,17 @@ class LoraSource:
     def read(
         self, name: str, buffer: np.ndarray | None = None, *, start: int = 0, count: int | None = None
     ) -> np.ndarray:
-        if name in self._own:
-            return self._adapter.read(self._own[name], buffer, start=start, count=count)
-        pair = self.factors(name)
-        if pair is None:
-            return self._base.read(name, buffer, start=start, count=count)
-        left, right = pair
+        under, key = (self._adapter, self._own[name]) if name in self._own else (self._base, name)
+        if name not in self._low:
+            return under.read(key, buffer, start=start, count=count)
+        left, right = self._factors(name)
         entry = self._entries[name]
         begin, length = byte_range(entry, start, count)
         width = entry.shape[1]
         first, last = start // width, -(-(start + length // 4) // width)  # whole rows, then the part asked for
-        stored = self._base.read(name, start=first * width, count=(last - first) * width)
+        stored = under.read(key, start=first * width, count=(last - first) * width)
         merged = left[first:last] @ right
-        merged += _as_float32(stored, self._base.entries[name].dtype).reshape(merged.shape)
+        merged += _as_float32(stored, under.entries[key].dtype).reshape(merged.shape)
         raw = merged.reshape(-1).view(np.uint8)[begin - first * width * 4 :][:length]
         if buffer is None:
             return raw
@@ -183,7 +188,7 @@ def _bare(name: str) -> str:
     return ".".join(segments)
 
 
-def _float32(source: TensorSource, name: str) -> np.ndarray:
+def _float32(source: TensorSource | Checkpoint, name: str) -> np.ndarray:
     entry = source.entries[name]
     return _as_float32(source.read(name), entry.dtype).reshape(entry.shape)
 

@@ -99,6 +99,8 @@ def _read_header(file: Path) -> list[tuple[str, TensorEntry, int]]:
     header.pop("__metadata__", None)
     try:
         rows = [_entry(file, name, info, 8 + length) for name, info in header.items()]
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file}: its safetensors header is malformed; download it again") from None
     rows.sort(key=lambda row: row[2])

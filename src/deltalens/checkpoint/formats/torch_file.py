@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ TORCH_DTYPES = {
     "torch.uint64": "U64", "torch.uint32": "U32", "torch.uint16": "U16", "torch.uint8": "U8",
 }  # fmt: skip
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+_LOCK = threading.Lock()  # silencing a logger is not a thread's own matter
 
 
 def open_torch(files: Sequence[Path], expected: Mapping[str, str] | None = None) -> ChunkedSource:
@@ -64,18 +66,24 @@ def load_structure(file: Path, stream: IO[bytes] | None = None) -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
-        with FakeTensorMode(), quiet_logger("torch.distributed.device_mesh"):
+        with file.open("rb") as handle:
+            head = handle.read(4)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
+    try:
+        with _LOCK, FakeTensorMode(), quiet_logger("torch.distributed.device_mesh"):
             return torch.load(stream or file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).partition("Unsupported")[2].partition(". ")[0] or str(error).splitlines()[0]
+        if stream is None and head != b"PK\x03\x04":
+            raise CheckpointError(f"{file}: not a file that torch.save wrote") from None
+        reason = str(error).partition("Unsupported")[2].partition(". ")[0] or str(error).partition("\n")[0]
         raise CheckpointError(
             f"{file}: holds more than weights, which deltalens does not unpickle (that could run code of the file): "
             f"{reason.strip(' :')}; save the state dict alone"
         ) from None
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(
-            f"{file}: torch cannot load it ({str(error).splitlines()[0]}); is it cut short?"
-        ) from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{file}: torch cannot load it ({reason}); is it cut short?") from None
 
 
 def stored_chunk(name: str, tensor: Any, file: Path, base: int = 0) -> tuple[TensorEntry, Chunk]:

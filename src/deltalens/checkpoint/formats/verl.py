@@ -13,7 +13,7 @@ from typing import Any
 
 from deltalens.checkpoint.base import TensorEntry
 from deltalens.checkpoint.formats.pread import Chunk, ChunkedSource
-from deltalens.checkpoint.formats.torch_file import quiet_logger, load_structure, stored_chunk
+from deltalens.checkpoint.formats.torch_file import load_structure, quiet_logger, stored_chunk
 from deltalens.errors import CheckpointError
 
 __all__ = ["open_verl", "verl_shards"]
