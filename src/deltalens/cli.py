@@ -59,13 +59,21 @@ def _bar(label: str, quiet: bool) -> Iterator[Progress]:
         yield lambda done, total, name: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as ProgressBar
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
+        DownloadColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -107,6 +115,9 @@ def analyze(
     mask_share: Annotated[float, typer.Option(help="Share of the entries that the masks of --mask-rank hold.")] = 0.5,
     master: Annotated[
         str | None, typer.Option(metavar="DIR", help="float32 weights of TRAINED before they were rounded.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the source's factorisations there for the next run.")
     ] = None,
     null_draws: Annotated[
         int,
@@ -157,6 +168,7 @@ def analyze(
             include=include or (),
             exclude=exclude or (),
             master=master,
+            cache=cache,
             jobs=jobs,
             resume=resume,
             progress=progress,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltalens._version import __version__
+from deltalens.analysis.cache import FactorisationCache
 from deltalens.analysis.engine import Progress, measure_all
 from deltalens.analysis.journal import Journal
 from deltalens.analysis.pair import Measured
@@ -36,6 +37,7 @@ def analyze(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     master: str | Path | None = None,
+    cache: str | Path | None = None,
     jobs: int | None = None,
     resume: bool = True,
     progress: Progress | None = None,
@@ -48,9 +50,10 @@ def analyze(
         settings: what to compute; `Settings()` by default.
         include, exclude: shell patterns on tensor names.
         master: float32 weights of `trained` before they were rounded; adds the coverages that rounding did not touch.
+        cache: keep the source's factorisations in this folder, and take them from it (about 1.1 × the source's bytes).
         jobs: threads, one a processor by default.
         resume: take up an earlier, unfinished run of the same comparison in `output`.
-        progress: called with elements done, elements in all, and the tensor just finished.
+        progress: called with bytes done, bytes in all, and the tensor just finished.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or the two cannot be compared.
@@ -68,7 +71,15 @@ def analyze(
             journal = _journal(Path(output), _identity(before, after, full, pairing, settings), resume)
         try:
             measured = measure_all(
-                pairing.pairs, before, after, settings, master=full, jobs=jobs, journal=journal, progress=progress
+                pairing.pairs,
+                before,
+                after,
+                settings,
+                master=full,
+                jobs=jobs,
+                journal=journal,
+                cache=FactorisationCache(Path(cache)) if cache is not None else None,
+                progress=progress,
             )
         except BaseException:
             if journal is not None:

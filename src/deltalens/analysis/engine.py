@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from threadpoolctl import threadpool_limits
 
+from deltalens.analysis.cache import FactorisationCache
 from deltalens.analysis.journal import Journal
 from deltalens.analysis.pair import Buffers, Measured, measure
 from deltalens.analysis.settings import Settings
@@ -27,7 +28,7 @@ __all__ = ["Progress", "default_jobs", "measure_all"]
 SMALL_ELEMENTS = 8 << 20  # tensors up to this size may always be measured side by side
 
 Progress = Callable[[int, int, str], None]
-"""Called with elements done, elements in all, and the name of the tensor just finished."""
+"""Called with checkpoint bytes done, bytes in all (both sides), and the name of the tensor just finished."""
 
 
 def default_jobs() -> int:
@@ -65,6 +66,7 @@ def measure_all(
     master: Checkpoint | None = None,
     jobs: int | None = None,
     journal: Journal | None = None,
+    cache: FactorisationCache | None = None,
     progress: Progress | None = None,
 ) -> list[Measured]:
     """Rows of all pairs, in the pairs' order.
@@ -75,6 +77,7 @@ def measure_all(
         settings: what to compute.
         jobs: threads; one a processor by default.
         journal: finished rows are written to it as they come, and taken from it where it has them already.
+        cache: factorisations of the source.
         progress: told after each tensor.
 
     Raises:
@@ -82,11 +85,11 @@ def measure_all(
         KeyboardInterrupt: passed on once the tensors under way have been written to the journal.
     """
     results: dict[int, Measured] = {}
-    total = sum(pair.count for pair in pairs)
+    total = sum(pair.nbytes for pair in pairs)
     if journal is not None:
         by_name = journal.finished()
         results = {i: by_name[pair.name] for i, pair in enumerate(pairs) if pair.name in by_name}
-    done = sum(pairs[i].count for i in results)
+    done = sum(pairs[i].nbytes for i in results)
     if progress is not None:
         progress(done, total, "")
     # The largest first: the last tensors are then small, and no thread idles while another finishes a large one.
@@ -100,7 +103,7 @@ def measure_all(
         with gate.hold(pairs[index].count):
             if not hasattr(own, "buffers"):
                 own.buffers = Buffers()
-            return index, measure(pairs[index], source, trained, settings, master, own.buffers)
+            return index, measure(pairs[index], source, trained, settings, master, own.buffers, cache)
 
     with threadpool_limits(1), ThreadPoolExecutor(jobs or default_jobs()) as pool:
         running: set[Future[tuple[int, Measured]]] = {pool.submit(work, index) for index in waiting}
@@ -110,7 +113,7 @@ def measure_all(
                 for future in finished:
                     index, measured = future.result()
                     results[index] = measured
-                    done += pairs[index].count
+                    done += pairs[index].nbytes
                     if journal is not None:
                         journal.add(measured)
                     if progress is not None:

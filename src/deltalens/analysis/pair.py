@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from blake3 import blake3
 
+from deltalens.analysis.cache import FactorisationCache
 from deltalens.analysis.null_draws import simulated_null
 from deltalens.analysis.settings import Settings, ratio_suffix
 from deltalens.checkpoint.base import DTYPE_BYTES, Checkpoint
@@ -70,6 +71,7 @@ def measure(
     settings: Settings,
     master: Checkpoint | None = None,
     buffers: Buffers | None = None,
+    cache: FactorisationCache | None = None,
 ) -> Measured:
     """Every metric of one tensor.
 
@@ -79,6 +81,7 @@ def measure(
         settings: what to compute.
         master: float32 weights of TRAINED before rounding, for the `…_master` coverages.
         buffers: the calling thread's read buffers.
+        cache: factorisations of the source, taken from it and put into it.
 
     Raises:
         CheckpointError: a tensor's bytes cannot be read.
@@ -111,6 +114,11 @@ def measure(
     shape = (pair.shape[0], pair.shape[1])
     left, right = before.reshape(shape), after.reshape(shape)
     spectral = _Spectral(left, right, coordinates, tau, nulls, settings, _low_rank(pair, trained, settings))
+    if cache is not None:
+        assert result.source_hash is not None
+        spectral.source = cache.get(result.source_hash, shape, spectral.k, settings.compare, spectral.factorise_source)
+    else:
+        spectral.source = spectral.factorise_source()
     row |= spectral.columns()
     result.spectra = spectral.spectra
     if master is not None:
@@ -264,7 +272,10 @@ class _Spectral:
             self.masks.sort(key=lambda item: item[0].rank)
         self.k = max(mask.rank for mask, _ in self.masks)
         self.spectra: dict[str, np.ndarray] = {}
-        self.source = self._factorise(before)
+        self.source: Factorisation  # set by `measure`, which may have it from a cache
+
+    def factorise_source(self) -> Factorisation:
+        return self._factorise(self.before)
 
     def _factorise(self, values: np.ndarray) -> Factorisation:
         return factorise(partial(value_blocks, values), self.length, self.width, self.k)

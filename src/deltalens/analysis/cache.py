@@ -1,0 +1,40 @@
+"""The source's factorisations on disk, so that a second run against the same base need not make them again.
+
+One uncompressed .npz a matrix, named by what it depends on: the BLAKE3 hash of the source's bytes, the shape, the
+number of vectors and the compare dtype. A file that cannot be read is made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from deltalens.files import whole_file
+from deltalens.metrics.spectrum import Factorisation
+
+__all__ = ["FactorisationCache"]
+
+
+@dataclass(frozen=True, slots=True)
+class FactorisationCache:
+    """A folder of factorisations; safe to share between runs, since files appear whole and never change."""
+
+    folder: Path
+
+    def get(
+        self, content_hash: str, shape: tuple[int, int], k: int, compare: str, make: Callable[[], Factorisation]
+    ) -> Factorisation:
+        """The stored factorisation, or the one that `make` gives, which is then stored."""
+        file = self.folder / f"{content_hash}-{shape[0]}x{shape[1]}-k{k}-{compare}.npz"
+        try:
+            with np.load(file, allow_pickle=False) as stored:
+                return Factorisation(stored["long"], stored["values"], stored["short"])
+        except (OSError, ValueError, KeyError, BadZipFile):
+            made = make()
+        with whole_file(file) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, long=made.long, values=made.values, short=made.short)
+        return made
