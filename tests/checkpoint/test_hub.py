@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -38,6 +39,10 @@ def test_only_what_is_needed_is_taken() -> None:
     assert needed_files(["README.md", "config.json", "x.gguf"]) == []
 
 
+def _info(*files: str) -> Any:
+    return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+
+
 def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"a": np.ones(2)}, tmp_path / "model.safetensors")
     asked: list[Any] = []
@@ -46,29 +51,40 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((repo, settings))
         return str(tmp_path)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: ["model.safetensors", "x.bin"])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: _info("model.safetensors", "x.bin"))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     checkpoint = open_checkpoint("owner/name@v2")
     assert (checkpoint.path, list(checkpoint.entries)) == ("owner/name@v2", ["a"])
     assert asked == [("owner/name", {"revision": "v2", "allow_patterns": ["model.safetensors"]})]
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: ["README.md"])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: _info("README.md"))
     with pytest.raises(CheckpointError, match="owner/name: the repository holds no safetensors"):
         open_checkpoint("owner/name")
 
 
-def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    def offline(*_: Any, **__: Any) -> Any:
-        raise OfflineModeIsEnabled("offline")
-
-    def nothing_cached(*_: Any, **__: Any) -> Any:
-        raise LocalEntryNotFoundError("no")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing_cached)
-    with pytest.raises(CheckpointError, match=r"no such file or directory, and the Hub cannot be reached"):
-        open_checkpoint("owner/name")
+def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that is really refused: which class is raised then is the HTTP library's affair."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(CheckpointError, match="no such file or directory, and the Hub cannot be reached"):
+        open_checkpoint("owner-of/nothing-cached")
     save_file({"a": np.ones(2)}, tmp_path / "model.safetensors")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    assert list(open_checkpoint("owner/name").entries) == ["a"]
+    assert list(open_checkpoint("owner-of/nothing-cached").entries) == ["a"]
+
+
+def test_what_the_hub_can_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import errors
+
+    for kind, message in (
+        ("GatedRepoError", "access is gated"),
+        ("RevisionNotFoundError", "not this revision"),
+        ("RepositoryNotFoundError", "neither a local path nor a repository"),
+    ):
+        error = getattr(errors, kind).__new__(getattr(errors, kind))
+
+        def answer(*_: Any, error: Exception = error, **__: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", answer)
+        with pytest.raises(CheckpointError, match=f"owner/name@v1.*{message}"):
+            open_checkpoint("owner/name@v1")

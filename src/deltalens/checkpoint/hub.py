@@ -51,18 +51,16 @@ def download(repo: str, revision: str | None) -> Path:
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     called = f"{repo}@{revision}" if revision else repo
     try:
-        files = needed_files(HfApi().list_repo_files(repo, revision=revision))
-        if not files:
-            raise CheckpointError(f"{called}: the repository holds no safetensors or torch checkpoint at its top level")
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+        listed = HfApi().model_info(repo, revision=revision, timeout=20).siblings or []
+        files = needed_files([sibling.rfilename for sibling in listed])
+        if files:
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except GatedRepoError:
         raise CheckpointError(
             f"{called}: access is gated; accept its terms on the Hub and run `hf auth login`"
@@ -75,18 +73,16 @@ def download(repo: str, revision: str | None) -> Path:
         ) from None
     except HFValidationError as error:
         raise CheckpointError(f"{called}: neither a local path nor a valid Hub id ({error})") from None
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
-        if isinstance(error, HfHubHTTPError):
-            raise CheckpointError(f"{called}: the Hub answered {error}") from None
-        return _cached(repo, revision, called)
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"{called}: the Hub answered {error}") from None
     except Exception as error:
-        # httpx's errors derive from neither OSError nor a class of huggingface_hub.
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
-            raise
-        return _cached(repo, revision, called)
+        # Offline. The class is that of the HTTP library, which differs between versions of huggingface_hub
+        # (requests, httpx, httpx2) and is no part of its interface; the message passes it on.
+        return _cached(repo, revision, called, error)
+    raise CheckpointError(f"{called}: the repository holds no safetensors or torch checkpoint at its top level")
 
 
-def _cached(repo: str, revision: str | None, called: str) -> Path:
+def _cached(repo: str, revision: str | None, called: str, cause: Exception) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -95,5 +91,6 @@ def _cached(repo: str, revision: str | None, called: str) -> Path:
     except (LocalEntryNotFoundError, OSError, ValueError):
         raise CheckpointError(
             f"{called}: there is no such file or directory, and the Hub cannot be reached to look for a repository of "
-            "this name; check the path, or connect (or unset HF_HUB_OFFLINE) and try again"
-        ) from None
+            f"this name ({type(cause).__name__}: {str(cause).partition(chr(10))[0]}); check the path, or connect "
+            "(or unset HF_HUB_OFFLINE) and try again"
+        ) from cause
