@@ -9,21 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
-from numba import njit, types
 
-from deltalens.metrics.values import (
-    DOUBLES,
-    KERNEL,
-    SINGLES,
-    WORDS,
-    ceil_share,
-    narrow_single,
-    round_threshold,
-    widen_word,
-    word_values,
+from deltalens.metrics.coordinate_kernels import (
+    BINS,
+    NONFINITE,
+    RELATIVE_SHARE,
+    count_floats,
+    count_words,
+    gather_edges,
+    read_off,
 )
+from deltalens.metrics.values import ceil_share, round_threshold, word_values
 
 __all__ = [
     "BINS",
@@ -36,11 +35,8 @@ __all__ = [
     "measure_coordinates",
 ]
 
-BINS = 32768  # magnitudes of a 16-bit word
-NONFINITE = 0x7F80  # words from here on are Inf and NaN
 SPARSITY_THRESHOLDS: Mapping[str, float] = {f"1e-{e:02d}": float(f"1e-{e}") for e in (8, 7, 6, 5, 4)}
 TOP_SHARES: Mapping[str, float] = {"0.1pct": 0.001, "1pct": 0.01, "5pct": 0.05}
-RELATIVE_SHARE = 1e-3  # η of `relative_sparsity`
 _FLUSH = 1 << 30  # elements between flushes of the 32-bit counters
 
 
@@ -117,7 +113,8 @@ def low_magnitude_coverage(coordinates: Coordinates, ratio: float) -> tuple[floa
         return None, None
     if c.exact_bins:
         inside = _smallest_share(c.total_histogram, ceil_share(ratio, c.size))
-        visible, nonzero = float(inside @ c.visible_histogram), float(inside @ c.nonzero_histogram)
+        # No BLAS: for two short products its threads cost more than they bring.
+        visible, nonzero = float((inside * c.visible_histogram).sum()), float((inside * c.nonzero_histogram).sum())
     else:
         visible, nonzero = c.low_magnitude[ratio]
     return (visible / c.visible if c.visible else None), (nonzero / c.nonzero if c.nonzero else None)
@@ -148,109 +145,48 @@ def count_same_bits(source: np.ndarray, trained: np.ndarray, *, size: int) -> in
 # --- bf16: everything from two histograms --------------------------------------------------------------------------
 
 
-_COUNTERS32 = types.Array(types.uint32, 2, "C")
-_LANES = 2  # counter tables side by side: an element equal to its neighbour need not wait for that one's store
-
-
-@njit([types.int64(WORDS, WORDS, types.uint32, _COUNTERS32, _COUNTERS32, _COUNTERS32)], **KERNEL)
-def _count_words(source, trained, threshold, total, changed, delta):  # type: ignore[no-untyped-def]
-    """Count |W| in `total`, the changed |W| in `changed` (twice the word, plus 1 where visible), |Δ| in `delta`.
-
-    Only coordinates whose words differ enter the last two. Returns the number whose trained word alone is non-finite.
-    """
-    block = 1024
-    before, after = np.empty(block + 2, np.uint16), np.empty(block + 2, np.uint16)
-    places, words = np.empty(block + 2, np.uint16), np.empty(block + 2, np.uint16)
-    bad = 0
-    for start in range(0, source.size, block):
-        stop = min(start + block, source.size)
-        # Gather the changed pairs without branching: at middling densities a branch is mispredicted a third of the
-        # time, which costs more than all the rest.
-        found = 0
-        even = start + ((stop - start) & ~1)
-        for i in range(start, even, 2):
-            first, second = source[i], source[i + 1]
-            first_after, second_after = trained[i], trained[i + 1]
-            total[0, first & 0x7FFF] += np.uint32(1)
-            total[1, second & 0x7FFF] += np.uint32(1)
-            before[found], after[found] = first, first_after
-            found += first != first_after
-            before[found], after[found] = second, second_after
-            found += second != second_after
-        if even < stop:
-            total[0, source[even] & 0x7FFF] += np.uint32(1)
-            before[found], after[found] = source[even], trained[even]
-            found += source[even] != trained[even]
-        for j in range(found):  # vector instructions: no table is touched
-            word = narrow_single(abs(np.float32(widen_word(after[j]) - widen_word(before[j]))))
-            magnitude = np.uint32(before[j] & np.uint16(0x7FFF))
-            trained_magnitude = np.uint32(after[j] & np.uint16(0x7FFF))
-            bad += np.uint32((trained_magnitude >= np.uint32(NONFINITE)) & (magnitude < np.uint32(NONFINITE)))
-            places[j] = np.uint16(np.uint32(magnitude << np.uint32(1)) | np.uint32(word > threshold))
-            words[j] = np.uint16(word)
-        pairs = found & ~1
-        for j in range(0, pairs, 2):
-            changed[0, places[j]] += np.uint32(1)
-            delta[0, words[j]] += np.uint32(1)
-            changed[1, places[j + 1]] += np.uint32(1)
-            delta[1, words[j + 1]] += np.uint32(1)
-        if pairs < found:
-            changed[0, places[pairs]] += np.uint32(1)
-            delta[0, words[pairs]] += np.uint32(1)
-    return bad
+@lru_cache(maxsize=1)
+def _squares() -> np.ndarray:
+    return word_values(np.arange(NONFINITE + 1)).astype(np.float64) ** 2
 
 
 def _measure_words(source: np.ndarray, trained: np.ndarray, threshold: float, same_bits: int | None) -> Coordinates:
     size = source.size
-    total = np.zeros(BINS, np.int64)
-    changed = np.zeros((BINS, 2), np.int64)
-    delta = np.zeros(BINS, np.int64)
+    total, changed, delta = np.zeros(BINS, np.int64), np.zeros(2 * BINS, np.int64), np.zeros(BINS, np.int64)
     nonfinite = 0
     for start in range(0, size, _FLUSH):
         chunk = slice(start, start + _FLUSH)
-        counters = [np.zeros((_LANES, bins), np.uint32) for bins in (BINS, 2 * BINS, BINS)]
-        nonfinite += _count_words(source[chunk], trained[chunk], _word(threshold), *counters)
-        for sums, lanes in zip((total, changed.reshape(-1), delta), counters, strict=True):
-            sums += lanes.sum(axis=0, dtype=np.int64)
+        nonfinite += count_words(source[chunk], trained[chunk], _word(threshold), total, changed, delta)
     nonfinite += int(total[NONFINITE:].sum())
     if same_bits is None:
         same_bits = size - int(delta.sum())
     if nonfinite:
         return Coordinates(size=size, nonfinite=nonfinite, unchanged_bits=same_bits)
 
-    changed[0, 0] -= delta[0]  # +0 against -0: the words differ, the values do not
-    nonzero_histogram = changed.sum(axis=1)
+    changed[0] -= delta[0]  # +0 against -0: the words differ, the values do not
+    visible_histogram = changed[1::2].copy()
+    nonzero_histogram = changed[::2] + visible_histogram
     nonzero = int(nonzero_histogram.sum())
     delta[0] = size - nonzero
-    at_most = np.cumsum(delta)
-    finite = slice(0, NONFINITE + 1)  # Δ of two finite weights may overflow to Inf
-    squares = word_values(np.arange(NONFINITE + 1)).astype(np.float64) ** 2
-    occupied = np.flatnonzero(delta[finite])
-    energies = delta[occupied] * squares[occupied]
-    from_top = np.concatenate(([0.0], np.cumsum(energies[::-1])))[::-1]  # energy of the bins from here up
-    above = size - at_most[occupied]  # coordinates with larger |Δ|
-    top_energy = {}
-    for key, share in TOP_SHARES.items():
-        k = ceil_share(share, size)
-        edge = int(np.argmax(above < k))  # `above` falls along `occupied`: the first bin that is not out entirely
-        top_energy[key] = float(from_top[edge + 1] + (k - above[edge]) * squares[occupied[edge]])
-    weights = np.flatnonzero(total)
+    ranks, top_energy = np.array([ceil_share(share, size) for share in TOP_SHARES.values()]), np.zeros(len(TOP_SHARES))
+    source_energy, delta_energy = read_off(total, delta, _squares(), ranks, top_energy)
     return Coordinates(
         size=size,
         nonfinite=0,
         unchanged_bits=same_bits,
         unchanged=size - nonzero,
-        visible=int(changed[:, 1].sum()),
+        visible=int(visible_histogram.sum()),
         nonzero=nonzero,
         sparsity_at={
-            key: int(at_most[_word(round_threshold(tau, "bf16", "BF16"))]) for key, tau in SPARSITY_THRESHOLDS.items()
+            key: int(delta[: _word(round_threshold(tau, "bf16", "BF16")) + 1].sum())
+            for key, tau in SPARSITY_THRESHOLDS.items()
         },
         relative_sparse=size - nonzero,  # a step is at least 2^-8 of the larger weight, so only Δ = 0 is under η
-        source_energy=float(total[weights] @ squares[weights]),
-        delta_energy=float(from_top[0]),
-        top_energy=top_energy,
+        source_energy=source_energy,
+        delta_energy=delta_energy,
+        top_energy=dict(zip(TOP_SHARES, top_energy.tolist(), strict=True)),
         total_histogram=total,
-        visible_histogram=np.ascontiguousarray(changed[:, 1]),
+        visible_histogram=visible_histogram,
         nonzero_histogram=nonzero_histogram,
     )
 
@@ -262,80 +198,6 @@ def _word(threshold: float) -> int:
 
 # --- float32, float64: histograms of the upper bits, and a second look at the bins where a quantile falls -------------
 
-_COUNTERS = types.int64[::1]
-
-
-@njit(**KERNEL)
-def _bin(magnitude):  # type: ignore[no-untyped-def]
-    return np.int64((np.float32(magnitude).view(np.uint32) >> np.uint32(16)) & np.uint32(0x7FFF))
-
-
-def _signature(values: types.Type, scalar: types.Type) -> types.Type:
-    return types.void(values, values, types.Array(scalar, 1, "C"), _COUNTERS, _COUNTERS, _COUNTERS, types.float64[::1])
-
-
-@njit([_signature(SINGLES, types.float32), _signature(DOUBLES, types.float64)], **KERNEL)
-def _count_floats(source, trained, thresholds, counts, total, changed, energy):  # type: ignore[no-untyped-def]
-    """Counters of one pass. `thresholds`: τ, then those of the table. `counts`: for each threshold the number with
-    |Δ| ≤ it, then relative_sparse, nonfinite. `total` by |W|; `changed`: 4 columns a bin (visible and nonzero by |W|,
-    number by |Δ|); `energy`: Δ² by |Δ|, then the source's energy in the last place.
-    """
-    block = 1024
-    deltas = np.empty(block, source.dtype)
-    tau, t0, t1, t2, t3, t4 = thresholds
-    eta = RELATIVE_SHARE
-    source_energy = 0.0
-    for start in range(0, source.size, block):
-        stop = min(start + block, source.size)
-        for i in range(start, stop):  # no table look-ups in here: this loop becomes vector instructions
-            before, after = abs(source[i]), abs(trained[i])
-            delta = abs(trained[i] - source[i])
-            deltas[i - start] = delta
-            counts[0] += delta <= tau
-            counts[1] += delta <= t0
-            counts[2] += delta <= t1
-            counts[3] += delta <= t2
-            counts[4] += delta <= t3
-            counts[5] += delta <= t4
-            counts[6] += np.float64(delta) <= eta * np.float64(max(before, after))
-            counts[7] += not ((before < np.inf) & (after < np.inf))
-        for i in range(start, stop):
-            weight, delta = abs(source[i]), deltas[i - start]
-            bin_w = _bin(weight)
-            total[bin_w] += 1
-            source_energy += np.float64(weight) * np.float64(weight)
-            if delta != 0:
-                bin_d = _bin(delta)
-                changed[4 * bin_w] += delta > tau
-                changed[4 * bin_w + 1] += 1
-                changed[4 * bin_d + 2] += 1
-                energy[bin_d] += np.float64(delta) * np.float64(delta)
-    energy[energy.size - 1] = source_energy
-
-
-_SLOTS = types.Array(types.boolean, 1, "C")
-_FLAGS = types.uint8[::1]
-
-
-def _gather_signature(values: types.Type, scalar: types.Type) -> types.Type:
-    out = types.Array(scalar, 1, "C")
-    return types.void(values, values, types.float64, _SLOTS, _SLOTS, out, _FLAGS, out)
-
-
-@njit([_gather_signature(SINGLES, types.float32), _gather_signature(DOUBLES, types.float64)], **KERNEL)
-def _gather_edges(source, trained, threshold, want_w, want_d, weights, flags, deltas):  # type: ignore[no-untyped-def]
-    """Collect |W| (with flags: 1 nonzero, 2 visible) and |Δ| of the coordinates that fall in wanted bins."""
-    n_w = n_d = 0
-    for i in range(source.size):
-        weight, delta = abs(source[i]), abs(trained[i] - source[i])
-        if want_w[_bin(weight)]:
-            weights[n_w] = weight
-            flags[n_w] = np.uint8(delta != 0) | (np.uint8(delta > threshold) << np.uint8(1))
-            n_w += 1
-        if delta != 0 and want_d[_bin(delta)]:
-            deltas[n_d] = delta
-            n_d += 1
-
 
 def _measure_floats(
     source: np.ndarray, trained: np.ndarray, threshold: float, same_bits: int, ratios: Sequence[float]
@@ -345,7 +207,7 @@ def _measure_floats(
     table = [round_threshold(tau, "stored", stored) for tau in SPARSITY_THRESHOLDS.values()]
     counts, total, changed = np.zeros(8, np.int64), np.zeros(BINS, np.int64), np.zeros(4 * BINS, np.int64)
     energy = np.zeros(BINS + 1)
-    _count_floats(source, trained, np.array([threshold, *table], dtype), counts, total, changed, energy)
+    count_floats(source, trained, np.array([threshold, *table], dtype), counts, total, changed, energy)
     if counts[7]:
         return Coordinates(size=size, nonfinite=int(counts[7]), unchanged_bits=same_bits, exact_bins=False)
 
@@ -357,14 +219,14 @@ def _measure_floats(
     top = {
         key: (k := ceil_share(share, size), int(np.searchsorted(-above, 1 - k))) for key, share in TOP_SHARES.items()
     }
-    low = {ratio: (k := ceil_share(ratio, size), int(np.searchsorted(before, k) - 1)) for ratio in ratios}
+    low = {ratio: (k := ceil_share(ratio, size), max(int(np.searchsorted(before, k)) - 1, 0)) for ratio in ratios}
     want_w, want_d = np.zeros(BINS, bool), np.zeros(BINS, bool)
     want_w[[edge for k, edge in low.values() if k]] = True
     want_d[[edge for k, edge in top.values() if above[edge] + delta[edge] > k]] = True
     weights, deltas = np.empty(int(total[want_w].sum()), dtype), np.empty(int(delta[want_d].sum()), dtype)
     flags = np.empty(weights.size, np.uint8)
     if weights.size or deltas.size:
-        _gather_edges(source, trained, threshold, want_w, want_d, weights, flags, deltas)
+        gather_edges(source, trained, float(dtype.type(threshold)), want_w, want_d, weights, flags, deltas)
     weight_bins, delta_bins = _bins(weights), _bins(deltas)
 
     top_energy = {}
@@ -373,7 +235,7 @@ def _measure_floats(
         if want_d[edge]:
             inside, take = deltas[delta_bins == edge], int(k - above[edge])
             inside = np.partition(inside, inside.size - take)[inside.size - take :].astype(np.float64)
-            part = float(inside @ inside)
+            part = float((inside * inside).sum())
         top_energy[key] = float(energy[edge + 1 :].sum()) + part
     low_magnitude = {}
     for ratio, (k, edge) in low.items():

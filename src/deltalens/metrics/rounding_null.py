@@ -20,7 +20,7 @@ import numpy as np
 from numba import njit, types
 from scipy.special import erfc
 
-from deltalens.metrics.values import KERNEL, SINGLES, ceil_share
+from deltalens.metrics.values import DOUBLES, KERNEL, SINGLES, ceil_share
 
 __all__ = [
     "FINE_CELLS",
@@ -40,7 +40,7 @@ _FORMATS: dict[str, tuple[int, int]] = {"bf16": (7, -126), "fp16": (10, -14), "f
 
 @dataclass(frozen=True, slots=True)
 class RoundingNull:
-    """A fitted null: `scale` is s, `probability` float64[32768] is P(visible | word), 0 where no weight has the word."""
+    """A fitted null: `scale` is s, `probability` float64[32768] is P(visible | word), 0 for words without weights."""
 
     scale: float
     probability: np.ndarray
@@ -48,7 +48,7 @@ class RoundingNull:
 
 @dataclass(frozen=True, slots=True)
 class _Classes:
-    """Pairs of distances that occur (float64[C], C a few hundred), and the class of each word and cell (int[32768, c])."""
+    """The pairs of distances that occur (float64[C]), and the class of each word and cell (int[32768, cells])."""
 
     plus: np.ndarray
     minus: np.ndarray
@@ -69,27 +69,51 @@ def fit(
     a source stored finer than a bf16 grid: its `fine_histogram`; each word's P is then the mean over its weights.
     None where the density is 0 or 1, so that no scale, or any, explains it.
     """
-    size = int(total_histogram.sum())
+    total = np.ascontiguousarray(total_histogram, np.int64)
+    size = int(total.sum())
     if not 0 < observed_count < size:
         return None
     classes = _classes(grid, float(tau), fine is not None)
-    words = np.flatnonzero(total_histogram)
-    cells = classes.index[words]  # (words, cells)
-    if fine is None:
-        share = np.full(cells.shape, 1.0 / cells.shape[1])
-    else:
-        counts = fine[words].astype(np.float64)
-        held = counts.sum(axis=1, keepdims=True)
-        # A weight just on a boundary may be binned next door: a word that then has no cell takes all of them alike.
-        share = np.where(held > 0, counts, 1.0) / np.where(held > 0, held, counts.shape[1])
-    mass = np.bincount(cells.ravel(), (share * total_histogram[words, None]).ravel(), minlength=classes.plus.size)
+    cells = np.zeros((0, 0), np.int64) if fine is None else fine
+    mass = np.zeros(classes.plus.size)
+    _class_mass(total, cells, classes.index, mass)
     used = np.flatnonzero(mass)
     scale = _solve_scale(classes.plus[used], classes.minus[used], mass[used] / size, observed_count / size)
-    by_class = np.zeros(classes.plus.size)
+    by_class, probability = np.zeros(classes.plus.size), np.zeros(BINS)
     by_class[used] = _probability(classes.plus[used], classes.minus[used], scale)
-    probability = np.zeros(BINS)
-    probability[words] = (share * by_class[cells]).sum(axis=1)
+    _word_probability(total, cells, classes.index, by_class, probability)
     return RoundingNull(scale, probability)
+
+
+_COUNTS = types.Array(types.int64, 1, "C", readonly=True)
+_CELLS = types.Array(types.int64, 2, "C", readonly=True)
+
+
+@njit(**KERNEL)
+def _share(fine, word, cell, cells):  # type: ignore[no-untyped-def]
+    """The share of a word's weights that lie in a cell; without `fine`, and for a word with none there, all alike."""
+    held = 0
+    if fine.shape[0]:
+        for i in range(cells):
+            held += fine[word, i]
+    # A weight just on a boundary may be binned next door: a word may then have weights and no cell.
+    return fine[word, cell] / held if held else 1.0 / cells
+
+
+@njit([types.void(_COUNTS, _CELLS, _CELLS, types.float64[::1])], **KERNEL)
+def _class_mass(total, fine, index, mass):  # type: ignore[no-untyped-def]
+    for word in range(total.size):
+        if total[word]:
+            for cell in range(index.shape[1]):
+                mass[index[word, cell]] += total[word] * _share(fine, word, cell, index.shape[1])
+
+
+@njit([types.void(_COUNTS, _CELLS, _CELLS, DOUBLES, types.float64[::1])], **KERNEL)
+def _word_probability(total, fine, index, by_class, probability):  # type: ignore[no-untyped-def]
+    for word in range(total.size):
+        if total[word]:
+            for cell in range(index.shape[1]):
+                probability[word] += by_class[index[word, cell]] * _share(fine, word, cell, index.shape[1])
 
 
 def expected_coverage(null: RoundingNull, total_histogram: np.ndarray, mask_histogram: np.ndarray) -> float:
@@ -97,14 +121,26 @@ def expected_coverage(null: RoundingNull, total_histogram: np.ndarray, mask_hist
 
     `mask_histogram` [32768]: the mask's weights by word; fractional where ties at its edge count by their share.
     """
-    return float((null.probability @ mask_histogram) / (null.probability @ total_histogram))
+    # No BLAS: for two short products its threads cost more than they bring.
+    return float((null.probability * mask_histogram).sum() / (null.probability * total_histogram).sum())
 
 
 def expected_low_magnitude_coverage(null: RoundingNull, total_histogram: np.ndarray, ratio: float) -> float:
     """`expected_coverage` of the ⌈ratio · N⌉ smallest weights; the word at the edge counts by the share that fits."""
-    before = np.cumsum(total_histogram) - total_histogram
-    inside = np.clip(ceil_share(ratio, int(total_histogram.sum())) - before, 0, total_histogram)
-    return expected_coverage(null, total_histogram, inside)
+    total = np.ascontiguousarray(total_histogram, np.int64)
+    return float(_low_magnitude_mass(null.probability, total, ceil_share(ratio, int(total.sum()))))
+
+
+@njit([types.float64(DOUBLES, _COUNTS, types.int64)], **KERNEL)
+def _low_magnitude_mass(probability, total, wanted):  # type: ignore[no-untyped-def]
+    inside = everything = 0.0
+    for word in range(total.size):
+        if total[word]:
+            take = min(wanted, total[word])
+            wanted -= take
+            inside += take * probability[word]
+            everything += total[word] * probability[word]
+    return inside / everything
 
 
 @njit([types.void(SINGLES, types.int64[::1])], **KERNEL)
@@ -141,7 +177,9 @@ def _classes(grid: Grid, tau: float, fine: bool) -> _Classes:
     plus = 0.5 * (up + _next_up(up, grid)) - weight
     minus = weight - 0.5 * (down + _next_down(down, grid))
     pairs, index = np.unique(np.stack([plus.ravel(), minus.ravel()], axis=1), axis=0, return_inverse=True)
-    return _Classes(np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1]), index.reshape(bits.shape))
+    return _Classes(
+        np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1]), index.reshape(bits.shape).astype(np.int64)
+    )
 
 
 def _float64_of(bits: np.ndarray) -> np.ndarray:

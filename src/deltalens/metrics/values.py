@@ -30,7 +30,7 @@ __all__ = [
 Compare = Literal["bf16", "stored", "fp32"]
 COMPARE_DTYPES: tuple[Compare, ...] = ("bf16", "stored", "fp32")
 
-_NUMPY_DTYPES = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+_NUMPY_DTYPES: dict[str, np.dtype] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
 
 def _array(scalar: Any) -> Any:
