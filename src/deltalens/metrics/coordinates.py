@@ -92,7 +92,9 @@ def measure_coordinates(
     assert source.size == trained.size, (source.size, trained.size)
     if not source.size:
         return Coordinates(size=0, nonfinite=0, unchanged_bits=0)
-    same_bits = None if stored is None else count_same_bits(*stored, size=source.size)
+    same_bits = None
+    if stored is not None and not all(map(np.may_share_memory, (source, trained), stored)):
+        same_bits = count_same_bits(*stored, size=source.size)  # one side at least is a cast; views are the bytes
     if source.dtype == np.uint16:
         return _measure_words(source, trained, threshold, same_bits)
     if same_bits is None:
