@@ -6,38 +6,23 @@ numbers; undefined values are None. Column names and their meaning: METRICS.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from blake3 import blake3
 
 from deltalens.analysis.cache import FactorisationCache
-from deltalens.analysis.null_draws import simulated_null
-from deltalens.analysis.settings import Settings, ratio_suffix
+from deltalens.analysis.settings import KINDS, Settings, mask_shares, mask_suffix, ratio_suffix
+from deltalens.analysis.spectral import SpectralColumns, excess
 from deltalens.checkpoint.base import DTYPE_BYTES, Checkpoint
 from deltalens.checkpoint.formats.peft import LoraSource
 from deltalens.checkpoint.pairing import TensorPair
-from deltalens.metrics import random_values
-from deltalens.metrics.alignment import delta_pass, principal_sines, projections, spectral_shift
-from deltalens.metrics.blocks import delta_blocks, is_tall, value_blocks
 from deltalens.metrics.coordinates import Coordinates, low_magnitude_coverage, measure_coordinates
-from deltalens.metrics.masks import MaskSpec, entry_codes, principal_mask_sums
 from deltalens.metrics.rounding_null import RoundingNull, expected_low_magnitude_coverage, fine_histogram, fit
-from deltalens.metrics.spectrum import (
-    Factorisation,
-    factorise,
-    product_singular_values,
-    singular_values,
-    spectrum_metrics,
-)
-from deltalens.metrics.values import ceil_share, prepare, round_threshold, word_values
+from deltalens.metrics.values import ceil_share, prepare, round_threshold
 
 __all__ = ["Buffers", "Measured", "measure"]
-
-KINDS = ("", "_nonzero")  # visible updates, and all that are not zero
 
 
 @dataclass(slots=True)
@@ -93,7 +78,7 @@ def measure(
     after = prepare(raw_trained, pair.trained_dtype, settings.compare)
     tau = round_threshold(settings.threshold, settings.compare, _finer(pair))
     coordinates = measure_coordinates(
-        before, after, threshold=tau, stored=(raw_source, raw_trained), ratios=_shares(settings)
+        before, after, threshold=tau, stored=(raw_source, raw_trained), ratios=mask_shares(settings)
     )
     result = Measured(_identity(pair))
     if settings.spectrum != "none":
@@ -102,7 +87,7 @@ def measure(
             blake3(raw_trained.data).hexdigest(),
         )
     row = result.row
-    row |= _coordinate_columns(coordinates)
+    row |= _coordinate_columns(coordinates, same_dtype=pair.source_dtype == pair.trained_dtype)
     if coordinates.nonfinite:
         return result
     nulls = _fit_nulls(pair, coordinates, tau, settings, raw_source)
@@ -113,7 +98,7 @@ def measure(
         return result
     shape = (pair.shape[0], pair.shape[1])
     left, right = before.reshape(shape), after.reshape(shape)
-    spectral = _Spectral(left, right, coordinates, tau, nulls, settings, _low_rank(pair, trained, settings))
+    spectral = SpectralColumns(left, right, coordinates, tau, nulls, settings, _low_rank(pair, trained, settings))
     if cache is not None:
         assert result.source_hash is not None
         spectral.source = cache.get(result.source_hash, shape, spectral.k, settings.compare, spectral.factorise_source)
@@ -146,11 +131,6 @@ def _finer(pair: TensorPair) -> str:
     return "F64" if "F64" in (pair.source_dtype, pair.trained_dtype) else pair.source_dtype
 
 
-def _shares(settings: Settings) -> tuple[float, ...]:
-    extra = (settings.mask_share,) if settings.mask_rank else ()
-    return tuple(sorted({*settings.ratios, *extra}))
-
-
 def _master_values(pair: TensorPair, master: Checkpoint) -> np.ndarray | None:
     name = next((n for n in (pair.trained_name, pair.source_name) if n in master.entries), None)
     if name is None or master.entries[name].size < pair.trained_start + pair.count:
@@ -172,9 +152,10 @@ def _identity(pair: TensorPair) -> dict[str, Any]:
     }
 
 
-def _coordinate_columns(c: Coordinates) -> dict[str, Any]:
+def _coordinate_columns(c: Coordinates, *, same_dtype: bool) -> dict[str, Any]:
     size = c.size
-    row: dict[str, Any] = {"nonfinite_count": c.nonfinite, "unchanged_bits": c.unchanged_bits / size}
+    same_bits = c.unchanged_bits if same_dtype else 0  # bits of two formats are never the same
+    row: dict[str, Any] = {"nonfinite_count": c.nonfinite, "unchanged_bits": same_bits / size}
     if c.nonfinite:
         return row
     row |= {
@@ -182,7 +163,7 @@ def _coordinate_columns(c: Coordinates) -> dict[str, Any]:
         "source_energy": c.source_energy,
         "delta_energy": c.delta_energy,
         "unchanged_count": c.unchanged,
-        "unchanged_bits_count": c.unchanged_bits,
+        "unchanged_bits_count": same_bits,
         "visible_count": c.visible,
         "nonzero_count": c.nonzero,
         "relative_sparse_count": c.relative_sparse,
@@ -203,7 +184,7 @@ def _fit_nulls(
 ) -> tuple[RoundingNull | None, RoundingNull | None]:
     """The rounding null of the visible and of the nonzero updates."""
     grid = _grid(pair, settings)
-    finer = grid == "bf16" and pair.source_dtype in ("F32", "F64")
+    finer = grid == "bf16" and pair.source_dtype != "BF16"
     fine = fine_histogram(prepare(raw, pair.source_dtype, "fp32")) if finer else None
     return (
         fit(c.total_histogram, c.visible, tau, grid, fine=fine),
@@ -218,17 +199,13 @@ def _grid(pair: TensorPair, settings: Settings) -> Literal["bf16", "fp16", "fp32
     return "bf16" if settings.compare == "bf16" else "fp32"
 
 
-def _excess(observed: float | None, null: float | None) -> float | None:
-    return observed / null if observed is not None and null else None
-
-
 def _low_magnitude_columns(
     c: Coordinates, nulls: tuple[RoundingNull | None, RoundingNull | None], settings: Settings
 ) -> dict[str, Any]:
     row: dict[str, Any] = {}
     named = [(ratio, ratio_suffix(ratio)) for ratio in settings.ratios]
     if settings.mask_rank:
-        named.append((settings.mask_share, _mask_suffix(settings)))
+        named.append((settings.mask_share, mask_suffix(settings)))
     for ratio, suffix in named:
         for kind, seen, null in zip(KINDS, low_magnitude_coverage(c, ratio), nulls, strict=True):
             expected = None if null is None else expected_low_magnitude_coverage(null, c.total_histogram, ratio)
@@ -236,176 +213,5 @@ def _low_magnitude_columns(
             row[name] = seen
             row[f"{name}_random"] = ceil_share(ratio, c.size) / c.size
             row[f"{name}_null"] = expected
-            row[f"{name}_excess"] = _excess(seen, expected)
+            row[f"{name}_excess"] = excess(seen, expected)
     return row
-
-
-def _mask_suffix(settings: Settings) -> str:
-    return f"rank{settings.mask_rank}_{ratio_suffix(settings.mask_share)}"
-
-
-class _Spectral:
-    """The spectral columns of one matrix; holds the source's factorisation while they are made."""
-
-    def __init__(
-        self,
-        before: np.ndarray,
-        after: np.ndarray,
-        coordinates: Coordinates,
-        tau: float,
-        nulls: tuple[RoundingNull | None, RoundingNull | None],
-        settings: Settings,
-        low_rank: tuple[np.ndarray, np.ndarray] | None = None,
-    ) -> None:
-        self.low_rank = low_rank
-        self.before, self.after = before, after
-        self.c, self.tau, self.nulls, self.settings = coordinates, tau, nulls, settings
-        self.length, self.width = max(before.shape), min(before.shape)
-        self.ranks = [max(1, int(ratio * self.width + 1e-9)) for ratio in settings.ratios]
-        self.masks = [
-            (MaskSpec(rank, ratio), ratio_suffix(ratio))
-            for rank, ratio in zip(self.ranks, settings.ratios, strict=True)
-        ]
-        if settings.mask_rank:
-            rank = min(settings.mask_rank, self.width)
-            self.masks.append((MaskSpec(rank, settings.mask_share), _mask_suffix(settings)))
-            self.masks.sort(key=lambda item: item[0].rank)
-        self.k = max(mask.rank for mask, _ in self.masks)
-        self.spectra: dict[str, np.ndarray] = {}
-        self.source: Factorisation  # set by `measure`, which may have it from a cache
-
-    def factorise_source(self) -> Factorisation:
-        return self._factorise(self.before)
-
-    def _factorise(self, values: np.ndarray) -> Factorisation:
-        return factorise(partial(value_blocks, values), self.length, self.width, self.k)
-
-    def columns(self) -> dict[str, Any]:
-        row = self._delta_columns()
-        row |= self._rotation_columns()
-        row |= self._coverage_columns(self._codes, KINDS, self.nulls)
-        return row
-
-    def _delta_columns(self) -> dict[str, Any]:
-        """Spectrum of Δ and its projections, from one pass over Δ (a second where the Gram matrix is not enough)."""
-        m, n = self.before.shape
-        blocks = partial(delta_blocks, self.before, self.after)
-        passed = delta_pass(blocks, self.width, self.source)
-        if self.c.delta_energy == 0:
-            values = np.zeros(self.width)
-        elif self.low_rank is not None:
-            values = product_singular_values(*self.low_rank)
-        else:
-            values = singular_values(blocks, self.length, self.width)
-        self.spectra["delta"] = values
-        row: dict[str, Any] = dict(spectrum_metrics(values))
-        row["stable_rank_random"] = random_values.stable_rank_random(m, n)
-        for k in (1, 2, 4, 8, 16, 32, 64):
-            row[f"top{k}_energy_random"] = random_values.top_energy_random(m, n, min(k, self.width))
-        draws = self._simulated()
-        for k, ratio in zip(self.ranks, self.settings.ratios, strict=True):
-            suffix = ratio_suffix(ratio)
-            joint, left, right = self._projections(passed, self.c.delta_energy, k)
-            for name, value, chance in (
-                ("principal", joint, (k / m) * (k / n)),
-                ("left", left, k / m),
-                ("right", right, k / n),
-            ):
-                row[f"{name}_projection_{suffix}"] = value
-                row[f"{name}_projection_{suffix}_random"] = chance
-        return row | draws
-
-    def _projections(self, passed: Any, energy: float, k: int) -> tuple[float | None, float | None, float | None]:
-        """(joint, left, right); None for a zero update."""
-        if energy == 0:
-            return None, None, None
-        joint, long, short = projections(passed, energy, k)
-        return (joint, long, short) if is_tall(self.before.shape) else (joint, short, long)
-
-    def _simulated(self) -> dict[str, Any]:
-        null = self.nulls[1]
-        if not self.settings.null_draws or null is None or self.before.dtype != np.uint16:
-            return {}
-        return simulated_null(self.before, null.scale, self.source, self.ranks, self.settings)
-
-    def _rotation_columns(self) -> dict[str, Any]:
-        trained = self._factorise(self.after)
-        self.spectra["source"], self.spectra["trained"] = self.source.values, trained.values
-        row: dict[str, Any] = {"spectral_shift": spectral_shift(self.source.values, trained.values)}
-        defined = self.c.source_energy > 0
-        long = principal_sines(self.source.long, trained.long, self.ranks)
-        short = principal_sines(self.source.short, trained.short, self.ranks)
-        left, right = (long, short) if is_tall(self.before.shape) else (short, long)
-        for i, ratio in enumerate(self.settings.ratios):
-            row[f"rotation_{ratio_suffix(ratio)}"] = left[i] if defined else None
-            row[f"rotation_right_{ratio_suffix(ratio)}"] = right[i] if defined else None
-        return row
-
-    def _codes(self, part: slice) -> np.ndarray:
-        return entry_codes(self.before, self.after, part, self.tau)
-
-    def _coverage_columns(
-        self,
-        codes: Callable[[slice], np.ndarray],
-        kinds: tuple[str, ...],
-        nulls: tuple[RoundingNull | None, ...],
-    ) -> dict[str, Any]:
-        """Principal coverage of the visible and nonzero updates, its random value, null and excess."""
-        counts = (self.c.visible, self.c.nonzero)
-        sums = principal_mask_sums(
-            self.source, self.before.shape, _entry_weights(nulls), [mask for mask, _ in self.masks], codes
-        )
-        row: dict[str, Any] = {}
-        for (_, suffix), total in zip(self.masks, sums, strict=True):
-            for i, kind in enumerate(kinds):
-                null = nulls[i]
-                seen = float(total.sums[i]) / counts[i] if counts[i] else None
-                expected = None if null is None else float(total.sums[2 + i]) / counts[i]
-                name = f"principal_coverage_{suffix}{kind}"
-                row[name] = seen
-                row[f"{name}_random"] = total.entries / self.c.size
-                row[f"{name}_null"] = expected
-                row[f"{name}_excess"] = _excess(seen, expected)
-        return row
-
-    def master_columns(self, master: np.ndarray | None) -> dict[str, Any]:
-        """Both coverages of the float32 update that rounding has not touched, |W_master − W| > τ."""
-        if master is None:
-            return {}
-        before = word_values(self.before) if self.before.dtype == np.uint16 else self.before.astype(np.float32)
-        delta = np.abs(master - before) > np.float32(self.settings.threshold)
-        count = int(delta.sum())
-        if not count:
-            return {}
-        return _master_coverages(self, before, master, count)
-
-
-def _master_coverages(spectral: _Spectral, before: np.ndarray, master: np.ndarray, count: int) -> dict[str, Any]:
-    tau = float(np.float32(spectral.settings.threshold))
-    c = measure_coordinates(before.reshape(-1), master.reshape(-1), threshold=tau, ratios=_shares(spectral.settings))
-    if c.nonfinite:
-        return {}
-    sums = principal_mask_sums(
-        spectral.source,
-        before.shape,
-        _entry_weights((None, None)),
-        [mask for mask, _ in spectral.masks],
-        lambda part: entry_codes(before, master, part, tau),
-    )
-    row: dict[str, Any] = {}
-    for (mask, suffix), total in zip(spectral.masks, sums, strict=True):
-        row[f"principal_coverage_{suffix}_master"] = float(total.sums[0]) / count
-        row[f"low_magnitude_coverage_{suffix}_master"] = low_magnitude_coverage(c, mask.share)[0]
-    return row
-
-
-def _entry_weights(nulls: tuple[RoundingNull | None, ...]) -> np.ndarray:
-    """What an entry of each code of `entry_codes` adds: visible, nonzero, P(visible | w), P(nonzero | w)."""
-    words = 32768
-    weights = np.zeros((3, words, 4))
-    weights[2, :, 0] = 1.0
-    weights[1:, :, 1] = 1.0
-    for i, null in enumerate(nulls):
-        if null is not None:
-            weights[:, :, 2 + i] = null.probability
-    return weights.reshape(3 * words, 4)

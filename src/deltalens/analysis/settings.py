@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from deltalens.metrics.values import COMPARE_DTYPES, Compare
 
-__all__ = ["DEFAULT_RATIOS", "HEADLINE", "Settings", "ratio_suffix"]
+__all__ = ["DEFAULT_RATIOS", "HEADLINE", "KINDS", "Settings", "mask_shares", "mask_suffix", "ratio_suffix"]
 
 HEADLINE = 0.1
+KINDS = ("", "_nonzero")  # column suffixes: visible updates, and all that are not zero
 DEFAULT_RATIOS = (0.01, 0.05, HEADLINE, 0.2)
 Spectrum = Literal["exact", "fast", "none"]
 
@@ -69,3 +70,14 @@ class Settings:
 def ratio_suffix(ratio: float) -> str:
     """`10pct` for 0.1, `0.5pct` for 0.005."""
     return f"{ratio * 100:.6g}pct"
+
+
+def mask_suffix(settings: Settings) -> str:
+    """Column suffix of the masks of `mask_rank`: `rank64_50pct`."""
+    return f"rank{settings.mask_rank}_{ratio_suffix(settings.mask_share)}"
+
+
+def mask_shares(settings: Settings) -> tuple[float, ...]:
+    """Shares of all low-magnitude masks, ascending."""
+    extra = (settings.mask_share,) if settings.mask_rank else ()
+    return tuple(sorted({*settings.ratios, *extra}))

@@ -1,0 +1,206 @@
+"""The spectral columns of one matrix: spectrum of Δ, projections, rotations, principal coverages.
+
+What needs the source's factorisation lives here, so that it is made once a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from deltalens.analysis.null_draws import simulated_null
+from deltalens.analysis.settings import KINDS, Settings, mask_shares, mask_suffix, ratio_suffix
+from deltalens.metrics import random_values
+from deltalens.metrics.alignment import delta_pass, principal_sines, projections, spectral_shift
+from deltalens.metrics.blocks import delta_blocks, is_tall, value_blocks
+from deltalens.metrics.coordinates import Coordinates, low_magnitude_coverage, measure_coordinates
+from deltalens.metrics.masks import MaskSpec, entry_codes, principal_mask_sums
+from deltalens.metrics.rounding_null import RoundingNull
+from deltalens.metrics.spectrum import (
+    TOP_ENERGIES,
+    Factorisation,
+    factorise,
+    product_singular_values,
+    singular_values,
+    spectrum_metrics,
+)
+from deltalens.metrics.values import word_values
+
+__all__ = ["SpectralColumns", "excess"]
+
+
+def excess(observed: float | None, null: float | None) -> float | None:
+    """Observed ÷ null, None where either is undefined."""
+    return observed / null if observed is not None and null else None
+
+
+class SpectralColumns:
+    """The spectral columns of one matrix; holds the source's factorisation while they are made."""
+
+    def __init__(
+        self,
+        before: np.ndarray,
+        after: np.ndarray,
+        coordinates: Coordinates,
+        tau: float,
+        nulls: tuple[RoundingNull | None, RoundingNull | None],
+        settings: Settings,
+        low_rank: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
+        self.low_rank = low_rank
+        self.before, self.after = before, after
+        self.c, self.tau, self.nulls, self.settings = coordinates, tau, nulls, settings
+        self.length, self.width = max(before.shape), min(before.shape)
+        self.ranks = [max(1, int(ratio * self.width + 1e-9)) for ratio in settings.ratios]
+        self.masks = [
+            (MaskSpec(rank, ratio), ratio_suffix(ratio))
+            for rank, ratio in zip(self.ranks, settings.ratios, strict=True)
+        ]
+        if settings.mask_rank:
+            rank = min(settings.mask_rank, self.width)
+            self.masks.append((MaskSpec(rank, settings.mask_share), mask_suffix(settings)))
+            self.masks.sort(key=lambda item: item[0].rank)
+        self.k = max(mask.rank for mask, _ in self.masks)
+        self.spectra: dict[str, np.ndarray] = {}
+        self.source: Factorisation  # set by `measure`, which may have it from a cache
+
+    def factorise_source(self) -> Factorisation:
+        return self._factorise(self.before)
+
+    def _factorise(self, values: np.ndarray) -> Factorisation:
+        return factorise(partial(value_blocks, values), self.length, self.width, self.k)
+
+    def columns(self) -> dict[str, Any]:
+        row = self._delta_columns()
+        row |= self._rotation_columns()
+        row |= self._coverage_columns(self._codes, KINDS, self.nulls)
+        return row
+
+    def _delta_columns(self) -> dict[str, Any]:
+        """Spectrum of Δ and its projections, from one pass over Δ (a second where the Gram matrix is not enough)."""
+        m, n = self.before.shape
+        blocks = partial(delta_blocks, self.before, self.after)
+        passed = delta_pass(blocks, self.width, self.source)
+        if self.c.delta_energy == 0:
+            values = np.zeros(self.width)
+        elif self.low_rank is not None:
+            values = product_singular_values(*self.low_rank)
+        else:
+            values = singular_values(blocks, self.length, self.width)
+        self.spectra["delta"] = values
+        row: dict[str, Any] = dict(spectrum_metrics(values))
+        row["stable_rank_random"] = random_values.stable_rank_random(m, n)
+        for k in TOP_ENERGIES:
+            row[f"top{k}_energy_random"] = random_values.top_energy_random(m, n, min(k, self.width))
+        draws = self._simulated()
+        for k, ratio in zip(self.ranks, self.settings.ratios, strict=True):
+            suffix = ratio_suffix(ratio)
+            joint, left, right = self._projections(passed, self.c.delta_energy, k)
+            for name, value, chance in (
+                ("principal", joint, (k / m) * (k / n)),
+                ("left", left, k / m),
+                ("right", right, k / n),
+            ):
+                row[f"{name}_projection_{suffix}"] = value
+                row[f"{name}_projection_{suffix}_random"] = chance
+        return row | draws
+
+    def _projections(self, passed: Any, energy: float, k: int) -> tuple[float | None, float | None, float | None]:
+        """(joint, left, right); None for a zero update."""
+        if energy == 0:
+            return None, None, None
+        joint, long, short = projections(passed, energy, k)
+        return (joint, long, short) if is_tall(self.before.shape) else (joint, short, long)
+
+    def _simulated(self) -> dict[str, Any]:
+        null = self.nulls[1]
+        if not self.settings.null_draws or null is None or self.before.dtype != np.uint16:
+            return {}
+        return simulated_null(self.before, null.scale, self.source, self.ranks, self.settings)
+
+    def _rotation_columns(self) -> dict[str, Any]:
+        trained = self._factorise(self.after)
+        self.spectra["source"], self.spectra["trained"] = self.source.values, trained.values
+        row: dict[str, Any] = {"spectral_shift": spectral_shift(self.source.values, trained.values)}
+        defined = self.c.source_energy > 0
+        long = principal_sines(self.source.long, trained.long, self.ranks)
+        short = principal_sines(self.source.short, trained.short, self.ranks)
+        left, right = (long, short) if is_tall(self.before.shape) else (short, long)
+        for i, ratio in enumerate(self.settings.ratios):
+            row[f"rotation_{ratio_suffix(ratio)}"] = left[i] if defined else None
+            row[f"rotation_right_{ratio_suffix(ratio)}"] = right[i] if defined else None
+        return row
+
+    def _codes(self, part: slice) -> np.ndarray:
+        return entry_codes(self.before, self.after, part, self.tau)
+
+    def _coverage_columns(
+        self,
+        codes: Callable[[slice], np.ndarray],
+        kinds: tuple[str, ...],
+        nulls: tuple[RoundingNull | None, ...],
+    ) -> dict[str, Any]:
+        """Principal coverage of the visible and nonzero updates, its random value, null and excess."""
+        counts = (self.c.visible, self.c.nonzero)
+        sums = principal_mask_sums(
+            self.source, self.before.shape, _entry_weights(nulls), [mask for mask, _ in self.masks], codes
+        )
+        row: dict[str, Any] = {}
+        for (_, suffix), total in zip(self.masks, sums, strict=True):
+            for i, kind in enumerate(kinds):
+                null = nulls[i]
+                seen = float(total.sums[i]) / counts[i] if counts[i] else None
+                expected = None if null is None else float(total.sums[2 + i]) / counts[i]
+                name = f"principal_coverage_{suffix}{kind}"
+                row[name] = seen
+                row[f"{name}_random"] = total.entries / self.c.size
+                row[f"{name}_null"] = expected
+                row[f"{name}_excess"] = excess(seen, expected)
+        return row
+
+    def master_columns(self, master: np.ndarray | None) -> dict[str, Any]:
+        """Both coverages of the float32 update that rounding has not touched, |W_master − W| > τ."""
+        if master is None:
+            return {}
+        before = word_values(self.before) if self.before.dtype == np.uint16 else self.before.astype(np.float32)
+        delta = np.abs(master - before) > np.float32(self.settings.threshold)
+        count = int(delta.sum())
+        if not count:
+            return {}
+        return _master_coverages(self, before, master, count)
+
+
+def _master_coverages(spectral: SpectralColumns, before: np.ndarray, master: np.ndarray, count: int) -> dict[str, Any]:
+    tau = float(np.float32(spectral.settings.threshold))
+    c = measure_coordinates(
+        before.reshape(-1), master.reshape(-1), threshold=tau, ratios=mask_shares(spectral.settings)
+    )
+    if c.nonfinite:
+        return {}
+    sums = principal_mask_sums(
+        spectral.source,
+        before.shape,
+        _entry_weights((None, None)),
+        [mask for mask, _ in spectral.masks],
+        lambda part: entry_codes(before, master, part, tau),
+    )
+    row: dict[str, Any] = {}
+    for (mask, suffix), total in zip(spectral.masks, sums, strict=True):
+        row[f"principal_coverage_{suffix}_master"] = float(total.sums[0]) / count
+        row[f"low_magnitude_coverage_{suffix}_master"] = low_magnitude_coverage(c, mask.share)[0]
+    return row
+
+
+def _entry_weights(nulls: tuple[RoundingNull | None, ...]) -> np.ndarray:
+    """What an entry of each code of `entry_codes` adds: visible, nonzero, P(visible | w), P(nonzero | w)."""
+    words = 32768
+    weights = np.zeros((3, words, 4))
+    weights[2, :, 0] = 1.0
+    weights[1:, :, 1] = 1.0
+    for i, null in enumerate(nulls):
+        if null is not None:
+            weights[:, :, 2 + i] = null.probability
+    return weights.reshape(3 * words, 4)
