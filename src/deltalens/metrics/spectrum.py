@@ -78,11 +78,15 @@ def singular_values(blocks: Blocks, length: int, width: int) -> np.ndarray:
 
 def product_singular_values(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """All min(m, n) singular values of left · right (m × r, r × n) from its r × r core: exactly zero beyond rank r."""
-    core = np.linalg.qr(left.astype(np.float64), mode="r") @ np.linalg.qr(right.T.astype(np.float64), mode="r").T
+    core = _r_factor(left.astype(np.float64)) @ _r_factor(right.T.astype(np.float64)).T
     values = np.zeros(min(left.shape[0], right.shape[1]))
     top = np.linalg.svd(core, compute_uv=False)[: values.size]
     values[: top.size] = top
     return values
+
+
+def _r_factor(matrix: np.ndarray) -> np.ndarray:
+    return np.asarray(np.linalg.qr(matrix, mode="r"))  # NumPy's stubs say QRResult for every mode
 
 
 def _reduced(blocks: Blocks, width: int) -> np.ndarray:
@@ -93,7 +97,7 @@ def _reduced(blocks: Blocks, width: int) -> np.ndarray:
         rows.append(block)
         held += block.shape[0]
         if held > 2 * width:
-            rows = [np.linalg.qr(np.concatenate(rows), mode="r")]
+            rows = [_r_factor(np.concatenate(rows))]
             held = rows[0].shape[0]
     return np.concatenate(rows)
 
