@@ -62,6 +62,7 @@ def _bar(label: str, quiet: bool, *, counts: str = "bytes") -> Iterator[Progress
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        MofNCompleteColumn,
         TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
@@ -215,9 +216,7 @@ def demo(
         result = run(done.source, done.student, output=output / "analysis", resume=resume, progress=progress)
     if not quiet:
         _print_analysis(result, output / "analysis")
-        _note(
-            f"accuracy before {done.before.mean_at_k}, after {done.after.mean_at_k}, {done.after.problems} held-out sums"
-        )
+        _note(f"accuracy before {done.before.mean_at_k}, after {done.after.mean_at_k}; on {done.after.problems} sums")
 
 
 @app.command("eval")
