@@ -123,8 +123,8 @@ def heatmap(tensors: pl.DataFrame) -> dict[str, Any] | None:
         "metrics": traces,
         "dropped": len(energy) - len(modules),
         "layout": {
-            "height": 170 + 26 * len(modules),
-            "margin": {"l": 10, "r": 10, "t": 10, "b": 50},
+            "height": 200 + 26 * len(modules),
+            "margin": {"l": 10, "r": 10, "t": 40, "b": 50},
             "xaxis": {"title": {"text": "layer"}, "type": "category", "automargin": True, "showgrid": False},
             "yaxis": {"type": "category", "autorange": "reversed", "automargin": True, "showgrid": False},
         },
@@ -132,19 +132,20 @@ def heatmap(tensors: pl.DataFrame) -> dict[str, Any] | None:
 
 
 def coverage_bars(summary: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Seen, rounding null and random for every 10 % coverage of the summary, the excess written above."""
-    found = [one for one in coverages(summary.get("global") or {}) if one.ratio == "10" and one.seen is not None]
+    """Seen, rounding null and random for every 10 % coverage of visible updates, the excess written above."""
+    found = [one for one in coverages(summary.get("global") or {}) if one.ratio == "10" and not one.nonzero]
+    found = [one for one in found if one.seen is not None]
     if not found:
         return None
-    names = [one.label.replace(" 10 %", "").replace(", ", "<br>", 1) for one in found]
+    names = [one.label.replace(" 10 %", "").replace(", ", "<br>") for one in found]
     texts = ["" if one.excess is None else f"× {excess(one)}" for one in found]
     bars = (
-        ("seen", [one.seen for one in found], BLUE, texts),
-        ("rounding null", [one.null for one in found], ORANGE, None),
-        ("random", [one.random for one in found], GREY, None),
+        ("seen", [one.seen for one in found], BLUE),
+        ("rounding null", [one.null for one in found], ORANGE),
+        ("random", [one.random for one in found], GREY),
     )
-    traces = []
-    for name, values, colour, text in bars:
+    traces: list[dict[str, Any]] = []
+    for name, values, colour in bars:
         trace: dict[str, Any] = {
             "type": "bar",
             "name": name,
@@ -153,15 +154,27 @@ def coverage_bars(summary: Mapping[str, Any]) -> dict[str, Any] | None:
             "marker": {"color": colour},
             "hovertemplate": f"{name}: %{{y:.3~g}} %<extra></extra>",
         }
-        if text is not None:
-            trace |= {"text": text, "textposition": "outside", "cliponaxis": False}
         traces.append(trace)
+    tops = [max(value or 0.0 for value in (one.seen, one.null, one.random)) for one in found]
+    traces.append(
+        {
+            "type": "scatter",
+            "mode": "text",
+            "x": names,
+            "y": [_short(100 * top) for top in tops],
+            "text": texts,
+            "textposition": "top center",
+            "hoverinfo": "skip",
+            "showlegend": False,
+            "cliponaxis": False,
+        }
+    )
     layout = {
         "barmode": "group",
         "height": 420,
         "margin": {"l": 60, "r": 10, "t": 40, "b": 70},
         "yaxis": {"title": {"text": "share of the visible updates, %"}, "rangemode": "tozero"},
-        "xaxis": {"automargin": True},
+        "xaxis": {"tickangle": 0},
         "legend": _LEGEND_ABOVE,
     }
     return {"data": traces, "layout": layout}
@@ -209,9 +222,9 @@ def energy_bars(summary: Mapping[str, Any]) -> dict[str, Any] | None:
 def published_scatter(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Relative norm (log) against sparsity: the published rows by regime, and this run where it has both."""
     looks = {SFT: (RED, "square"), OPD: (BLUE, "circle"), RLVR: (ORANGE, "diamond")}
-    beside = {  # where a label would lie on another point's
-        "DeepScaleR RLVR": "bottom right", "MiniCPM OPD": "middle right", "DS-Qwen OPD": "middle left",
-        "Qwen3-1.7B OPD": "bottom left",
+    beside = {  # where a label does not lie on another point's
+        "DS-Qwen OPD": "middle left", "Qwen3-1.7B OPD": "middle left", "DS-Qwen OPD (JustRL teacher)": "middle left",
+        "MiniCPM OPD": "top right", "Qwen-Math offline distillation": "middle left",
     }  # fmt: skip
     traces: list[dict[str, Any]] = []
     for regime, (colour, symbol) in looks.items():
@@ -224,32 +237,39 @@ def published_scatter(summary: Mapping[str, Any]) -> dict[str, Any]:
                 "x": [_short(100 * row.relative_norm) for row in rows],
                 "y": [_short(100 * row.sparsity) for row in rows],
                 "text": [row.name for row in rows],
-                "textposition": [beside.get(row.name, "top center") for row in rows],
+                "textposition": [beside.get(row.name, "middle right") for row in rows],
                 "textfont": {"size": 10},
                 "marker": {"color": colour, "symbol": symbol, "size": 10},
                 "hovertemplate": "%{text}<br>relative norm %{x:.3~g} %<br>sparsity %{y:.3~g} %<extra></extra>",
             }
         )
     run = run_figures(summary)
+    extent = [-2.0, 1.4]  # log₁₀ of percent: the published points and room for their labels
     if run["relative_norm"] and run["sparsity"] is not None:
         traces.append(
             {
                 "type": "scatter",
-                "mode": "markers+text",
+                "mode": "markers",
                 "name": "this run",
                 "x": [_short(100 * run["relative_norm"])],
                 "y": [_short(100 * run["sparsity"])],
-                "text": ["<b>this run</b>"],
-                "textposition": "top right",
                 "marker": {"color": GREEN, "symbol": "star", "size": 18, "line": {"width": 1, "color": "#ffffff"}},
                 "hovertemplate": "this run<br>relative norm %{x:.3~g} %<br>sparsity %{y:.3~g} %<extra></extra>",
             }
         )
+        own = math.log10(100 * run["relative_norm"])
+        extent = [min(extent[0], own - 0.2), max(extent[1], own + 0.2)]
     layout = {
-        "height": 480,
+        "height": 560,
         "margin": {"l": 60, "r": 20, "t": 40, "b": 60},
-        "xaxis": {"title": {"text": "relative norm ‖Δ‖ / ‖W‖, %"}, "type": "log", "tickformat": "~g", "dtick": "D2"},
-        "yaxis": {"title": {"text": "sparsity at 1e-5, %"}, "range": [-3, 105]},
+        "xaxis": {
+            "title": {"text": "relative norm ‖Δ‖ / ‖W‖, %"},
+            "type": "log",
+            "tickformat": "~g",
+            "dtick": "D2",
+            "range": extent,
+        },
+        "yaxis": {"title": {"text": "sparsity at 1e-5, %"}, "range": [-1, 101]},
         "legend": _LEGEND_ABOVE,
     }
     return {"data": traces, "layout": layout}

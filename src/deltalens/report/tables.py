@@ -35,9 +35,9 @@ DASH = "–"
 
 NULL_NOTE = (
     "Rounding null: what an update without any preference (Gaussian, one scale a tensor, rounded once at the end) "
-    "would show at the same density. It misfits embeddings, whose rows of unseen tokens do not move, hence the "
-    "lines without embedding and LM head first; it does not fit weights trained in bf16 step by step. An excess of "
-    "1.00 means that rounding explains the coverage; read it with its interval (95 %, bootstrap over matrices)."
+    "would show at the same density. It misfits embeddings, whose rows of unseen tokens do not move, hence core "
+    "(without embedding and LM head) first; it does not fit weights trained in bf16 step by step. An excess of 1: "
+    "rounding explains the coverage; read it with its interval (95 %, bootstrap over matrices)."
 )
 
 
@@ -76,14 +76,14 @@ def percent(value: float | None) -> str:
     scaled = 100 * value
     if 99.95 <= scaled < 100:
         return f"{scaled:.6f}".rstrip("0") + " %" if scaled < 99.999999 else "> 99.999999 %"
-    return f"{scaled:.1f} %" if scaled >= 100 else f"{scaled:.3g} %"
+    return f"{scaled:.1f} %" if scaled >= 100 else f"{_three(scaled)} %"
 
 
 def number(value: float | None) -> str:
     """Three significant digits, whole numbers from 100 on."""
     if value is None or not math.isfinite(value):
         return DASH
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else _three(value)
 
 
 def count(value: int | None) -> str:
@@ -106,9 +106,10 @@ def coverages(values: Mapping[str, Any]) -> list[Coverage]:
             continue
         mask, ratio, suffix = match.groups()
         core, nonzero = "_core" in suffix, "_nonzero" in suffix
-        label = f"{'low-magnitude' if mask == 'low_magnitude' else 'principal'} {ratio} %"
+        size = re.sub(r"^rank(\d+)_", r"rank \1, ", ratio)
+        label = f"{'low-magnitude' if mask == 'low_magnitude' else 'principal'} {size} %"
+        label += ", core" if core else ", all"
         label += ", |Δ| > 0" if nonzero else ""
-        label += ", without embedding and LM head" if core else ", all"
         names = ("pooled", "median", "random", "null", "excess", "excess_low", "excess_high")
         cells = [_finite(entry.get(name)) for name in names]
         order = (not core, ratio != "10", _ratio(ratio), nonzero, mask)
@@ -131,8 +132,8 @@ def excess(one: Coverage) -> str:
     """Seen over null, with its interval where there is one."""
     if one.excess is None:
         return DASH
-    interval = "" if one.low is None or one.high is None else f" [{one.low:.2f}, {one.high:.2f}]"
-    return f"{one.excess:.2f}{interval}"
+    interval = "" if one.low is None or one.high is None else f" [{one.low:.3f}, {one.high:.3f}]"
+    return f"{one.excess:.3f}{interval}"
 
 
 def energy_by(tensors: pl.DataFrame, column: str) -> dict[str, float]:
@@ -168,16 +169,17 @@ def group_table(tensors: pl.DataFrame, summary: Mapping[str, Any], column: str) 
                 printable(key), count(values.get("tensors")), count(values.get("parameters")),
                 percent(shares.get(key)),
                 percent(values.get("relative_norm")), percent(values.get("sparsity")),
-                percent(_mean(values.get("top16_energy"))), number(_mean(values.get("stable_rank"))), *excesses,
+                percent(_inner(values.get("top16_energy"), "mean")), number(_inner(values.get("stable_rank"), "mean")),
+                *excesses,
             )
         )  # fmt: skip
     columns = (
         column, "tensors", "parameters", "energy", "rel. norm", "sparsity", "top-16", "stable rank",
-        "low-mag. excess", "principal excess",
+        "low ×", "princ. ×",
     )  # fmt: skip
     note = (
-        "energy: share of the update's squared norm. top-16 and stable rank: means over matrices. Excess: coverage "
-        "at 10 % over what rounding alone gives."
+        "energy: share of the update's squared norm. top-16 and stable rank: means over matrices. ×: low-magnitude "
+        "and principal coverage at 10 % over what rounding alone gives."
     )
     return Table(f"By {column}", columns, tuple(rows), note if rows else "")
 
@@ -239,20 +241,20 @@ def headline(summary: Mapping[str, Any], tensors: pl.DataFrame | None = None) ->
     ]
     for one in coverages(overall):
         if one.ratio == "10" and not one.nonzero:
-            label = one.label.replace(" 10 %", " coverage").replace("without embedding and LM head", "core")
+            label = one.label.replace(" 10 %", " coverage")
             beside = f"rounding null {percent(one.null)}, random {percent(one.random)}, excess {excess(one)}"
             entries.append((label, percent(one.seen), beside))
-    for key, label, text in (
-        ("stable_rank", "stable rank", number),
-        ("effective_rank", "effective rank", number),
-        ("top16_energy", "top-16 energy", percent),
-        ("principal_projection_10pct", "principal projection", percent),
+    for key, label, text, middle in (
+        ("stable_rank", "stable rank", number, "mean"),
+        ("effective_rank", "effective rank", number, "mean"),
+        ("top16_energy", "top-16 energy", percent, "mean"),
+        ("principal_projection_10pct", "principal projection", percent, "median"),
     ):
-        chance = _mean(overall.get(f"{key}_random"))
-        if chance is None and tensors is not None and f"{key}_random" in tensors.columns:
-            chance = _finite(tensors[f"{key}_random"].mean())
-        beside = "mean over matrices" + (f"; Gaussian {text(chance)}" if chance is not None else "")
-        entries.append((label, text(_mean(overall.get(key))), beside))
+        beside = f"{middle} over matrices"
+        for suffix, name in (("random", "Gaussian"), ("null", "rounding null")):
+            other = _beside(overall, tensors, key, suffix, middle)
+            beside += f", {name} {text(other)}" if other is not None else ""
+        entries.append((label, text(_inner(overall.get(key), middle)), beside))
     return [entry for entry in entries if entry[1] != DASH]
 
 
@@ -275,8 +277,27 @@ def summary_repr(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _mean(value: Any) -> float | None:
-    return _finite(value.get("mean") if isinstance(value, Mapping) else value)
+def _three(value: float) -> str:
+    """Three significant digits with their zeros, so that columns line up: 79.0, not 79."""
+    return "0" if value == 0 else f"{value:#.3g}".rstrip(".")
+
+
+def _inner(value: Any, key: str) -> float | None:
+    return _finite(value.get(key) if isinstance(value, Mapping) else value)
+
+
+def _beside(
+    overall: Mapping[str, Any], tensors: pl.DataFrame | None, key: str, suffix: str, middle: str
+) -> float | None:
+    """What chance or rounding gives for a metric: from the summary, else over the tensors' column."""
+    entry = overall.get(f"{key}_{suffix}")
+    if entry is None and isinstance(overall.get(key), Mapping):
+        entry = overall[key].get(suffix)
+    value = _inner(entry, middle)
+    column = f"{key}_{suffix}"
+    if value is None and tensors is not None and column in tensors.columns:
+        value = _finite(tensors[column].mean() if middle == "mean" else tensors[column].median())
+    return value
 
 
 def _finite(value: Any) -> float | None:

@@ -45,15 +45,19 @@ def print_report(tensors: pl.DataFrame, summary: Mapping[str, Any], console: Con
     console.print()
     figures = RichTable(box=None, show_header=False, padding=(0, 2, 0, 0))
     for label, value, beside in headline(summary, tensors):
+        if "coverage" in label:
+            continue  # the table below has them all
         figures.add_row(Text(label), Text(value, style="bold"), Text(beside, style="dim"))
     console.print(figures)
 
     narrow = console.width < _NARROW
     _print_table(coverage_table(overall, ratios=("10",)), console, drop=("median",) if narrow else ())
     _print_table(
-        group_table(tensors, summary, "role"), console, drop=("tensors", "parameters") if narrow else ("tensors",)
+        group_table(tensors, summary, "role"),
+        console,
+        drop=("tensors", "parameters", "top-16") if narrow else ("tensors",),
     )
-    _print_table(largest_table(tensors), console, drop=("Gaussian",) if narrow else ())
+    _print_table(largest_table(tensors), console, drop=("Gaussian", "top-16") if narrow else ())
 
     placement = place(summary)
     table = published_table(summary, placement)
@@ -76,13 +80,19 @@ def _print_table(table: Table, console: Console, *, drop: Sequence[str] = ()) ->
     shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
     for at in kept:
         first = at == 0
-        shown.add_column(table.columns[at], justify="left" if first else "right", overflow="fold", no_wrap=not first)
+        shown.add_column(
+            table.columns[at],
+            justify="left" if first else "right",
+            overflow="fold",
+            no_wrap=not first,
+            min_width=10 if first else None,
+        )
     for index, row in enumerate(table.rows):
         style = "bold" if index in table.marked else ""
         shown.add_row(*(Text(row[at], style=style) for at in kept))
     console.print()
     console.print(shown)
-    if table.note:
+    if table.note and not any(table.note.startswith(f"{column}:") for column in drop):
         console.print(Text(table.note, style="dim"))
 
 

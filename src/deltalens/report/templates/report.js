@@ -13,6 +13,7 @@
     copy.paper_bgcolor = "rgba(0,0,0,0)";
     copy.plot_bgcolor = "rgba(0,0,0,0)";
     copy.font = { color: get("--ink"), size: 12, family: 'system-ui, "Segoe UI", Roboto, sans-serif' };
+    copy.modebar = { bgcolor: "rgba(0,0,0,0)", color: get("--soft"), activecolor: get("--link") };
     copy.hoverlabel = { bgcolor: get("--panel"), bordercolor: get("--line"), font: { color: get("--ink") } };
     copy.xaxis = Object.assign({}, axis, copy.xaxis);
     copy.yaxis = Object.assign({}, axis, copy.yaxis);
