@@ -1,8 +1,14 @@
 """Fixtures that several folders of tests use."""
 
+import json
+from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +53,37 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class WriteCheckpoint(Protocol):
+    """Writes arrays as a safetensors checkpoint, in one file or in several with an index; returns its folder."""
+
+    def __call__(self, tensors: Mapping[str, np.ndarray], *, shards: int = 1) -> Path: ...
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> WriteCheckpoint:
+    """Writes a checkpoint into a new folder; of the session's scope, so that hypothesis may use it."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    numbers = count()
+
+    def write(tensors: Mapping[str, np.ndarray], *, shards: int = 1) -> Path:
+        folder = root / f"{next(numbers)}"
+        folder.mkdir()
+        arrays = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+        if shards == 1:
+            save_file(arrays, folder / "model.safetensors")
+            return folder
+        places = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(arrays)}
+        for file in sorted(set(places.values())):
+            save_file({name: arrays[name] for name in arrays if places[name] == file}, folder / file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of the golden pairs and of what the paper's script computed on them."""
+    return Path(__file__).parent / "data" / "golden"

@@ -1,0 +1,74 @@
+"""Projections and rotations against the full singular value decomposition."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import scipy.linalg
+from spectra_fixtures import FAMILIES, has_gap, lapack_svd, matrix, orthonormal, with_spectrum
+
+from deltalens.metrics import blocks
+from deltalens.metrics.alignment import delta_pass, principal_sines, projections, spectral_shift
+from deltalens.metrics.blocks import delta_blocks, value_blocks
+from deltalens.metrics.spectrum import factorise
+
+
+@pytest.mark.parametrize("block_elements", [1 << 20, 301], ids=["one block", "many blocks"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_projections_against_lapack(family, block_elements, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", block_elements)
+    compared = 0
+    for seed in range(20):
+        source = matrix(family, seed)
+        rng = np.random.default_rng(seed)
+        trained = source + 1e-2 * np.abs(source).max() * rng.standard_normal(source.shape)
+        delta = trained - source
+        m, n = source.shape
+        d = min(m, n)
+        u, s, v = lapack_svd(source)
+        ranks = sorted({1, *(max(1, int(r * d)) for r in (0.05, 0.1, 0.2, 0.5)), *({8, 16} if d > 16 else ())})
+        factors = factorise(partial(value_blocks, source), max(m, n), d, ranks[-1])
+        passed = delta_pass(partial(delta_blocks, source, trained), d, factors)
+        energy = float((delta**2).sum())
+        for k in ranks:
+            if not has_gap(s, k):
+                continue
+            joint, long, short = projections(passed, energy, k)
+            left, right = (long, short) if m >= n else (short, long)
+            uk, vk = u[:, :k], v[:, :k]
+            assert joint == pytest.approx(((uk.T @ delta @ vk) ** 2).sum() / energy, rel=1e-8), (seed, k)
+            assert left == pytest.approx(((uk.T @ delta) ** 2).sum() / energy, rel=1e-8), (seed, k)
+            assert right == pytest.approx(((delta @ vk) ** 2).sum() / energy, rel=1e-8), (seed, k)
+            compared += 1
+    assert compared >= 10
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-4, 1e-7, 0.0])
+def test_sines_against_scipy(size):
+    """Nearly equal subspaces are where √(1 − cos²) would cancel; SciPy takes the sine there too."""
+    rng = np.random.default_rng(5)
+    before = orthonormal(rng, 80, 12)
+    after = np.linalg.qr(before + size * rng.standard_normal((80, 12)))[0] if size else before
+    ranks = [1, 3, 7, 12]
+    for k, mine in zip(ranks, principal_sines(before, after, ranks), strict=True):
+        theirs = np.sin(scipy.linalg.subspace_angles(before[:, :k], after[:, :k])).mean()
+        assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-14)
+
+
+def test_a_planted_angle_is_found():
+    angle = 0.3
+    before = np.eye(10)[:, :3]
+    after = before.copy()
+    after[2, 2], after[7, 2] = np.cos(angle), np.sin(angle)
+    assert principal_sines(before, after, [2, 3]) == pytest.approx([0.0, np.sin(angle) / 3])
+    assert principal_sines(before, np.eye(10)[:, 5:8], [3]) == pytest.approx([1.0])
+
+
+def test_spectral_shift():
+    rng = np.random.default_rng(2)
+    values = np.linspace(5, 1, 20)
+    before = with_spectrum(rng, 30, 20, values)
+    after = with_spectrum(rng, 30, 20, values * 1.5)  # other vectors: only the values count
+    s, t = (np.linalg.svd(w, compute_uv=False) for w in (before, after))
+    assert spectral_shift(s, t) == pytest.approx(0.5)
+    assert spectral_shift(np.zeros(4), np.ones(4)) is None

@@ -1,0 +1,130 @@
+"""Spectra against LAPACK in float64, closed forms, and the block path against one block."""
+
+from functools import partial
+from math import exp, log
+
+import numpy as np
+import pytest
+from spectra_fixtures import every_matrix, lapack_svd, matrix, with_spectrum
+
+from deltalens.metrics import blocks
+from deltalens.metrics.blocks import value_blocks
+from deltalens.metrics.spectrum import factorise, product_singular_values, singular_values, spectrum_metrics
+
+TOLERANCES = {"numerical_rank_1e-4": 1e-4, "numerical_rank_1e-5": 1e-5, "numerical_rank_1e-6": 1e-6}
+
+
+def spectrum(values: np.ndarray) -> np.ndarray:
+    return singular_values(partial(value_blocks, values), max(values.shape), min(values.shape))
+
+
+@pytest.fixture(params=[1 << 20, 257], ids=["one block", "many blocks"])
+def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("block_elements")
+def test_200_matrices_against_lapack():
+    seen = 0
+    for label, values in every_matrix():
+        mine, (_, theirs, _) = spectrum(values), lapack_svd(values)
+        assert mine.shape == theirs.shape, label
+        assert (np.diff(mine) <= 0).all(), label
+        resolved = theirs > 1e-4 * theirs[0]
+        np.testing.assert_allclose(mine[resolved], theirs[resolved], rtol=1e-7, err_msg=label)
+        row = spectrum_metrics(mine)
+        energy = theirs**2
+        p = theirs[theirs > 0] / theirs.sum()
+        wanted = {
+            "spectral_norm": theirs[0],
+            "stable_rank": energy.sum() / energy[0],
+            "effective_rank": exp(-(p * np.log(p)).sum()),
+            **{f"top{k}_energy": energy[:k].sum() / energy.sum() for k in (1, 2, 4, 8, 16, 32, 64)},
+        }
+        for column, value in wanted.items():
+            assert row[column] == pytest.approx(value, rel=1e-8), (label, column)
+        assert np.linalg.norm(mine) == pytest.approx(np.linalg.norm(values), rel=1e-8), label
+        for column, tolerance in TOLERANCES.items():
+            edge = tolerance * theirs[0]
+            if not (np.abs(theirs - edge) < 1e-3 * edge).any():
+                assert row[column] == np.count_nonzero(theirs > edge), (label, column)
+                assert row[column.replace("rank_", "rank_fraction_")] == row[column] / theirs.size
+        seen += 1
+    assert seen == 200
+
+
+@pytest.mark.parametrize("shape", [(60, 60), (200, 60), (60, 200)])
+def test_numerical_rank_is_right_where_the_gram_matrix_sees_only_noise(shape):
+    """Values on both sides of 1e-6 σ₁: their squares, 1e-12 λ₁, are within reach of the Gram matrix's rounding."""
+    values = np.concatenate([np.logspace(0, -5.9, 40), np.logspace(-6.1, -9, 20)])
+    row = spectrum_metrics(spectrum(with_spectrum(np.random.default_rng(1), *shape, values)))
+    assert row["numerical_rank_1e-6"] == 40
+    assert row["numerical_rank_1e-5"] == np.count_nonzero(values > 1e-5)
+    assert row["numerical_rank_1e-4"] == np.count_nonzero(values > 1e-4)
+
+
+@pytest.mark.usefixtures("block_elements")
+@pytest.mark.parametrize("family", ["gaussian", "tall", "wide", "decaying", "condition_1e8", "row", "column"])
+def test_factorisation_reconstructs(family):
+    values = matrix(family, 3)
+    d = min(values.shape)
+    k = max(1, d // 5)
+    u, s, v = lapack_svd(values)
+    factors = factorise(partial(value_blocks, values), max(values.shape), d, k)
+    assert factors.long.shape == (max(values.shape), k)
+    resolved = s > 1e-4 * s[0]
+    np.testing.assert_allclose(factors.values[resolved], s[resolved], rtol=1e-7)
+    for basis in (factors.long, factors.short):
+        np.testing.assert_allclose(basis.T @ basis, np.eye(k), atol=1e-9)
+    mine = (factors.long * factors.values[:k]) @ factors.short.T
+    mine = mine if values.shape[0] >= values.shape[1] else mine.T
+    np.testing.assert_allclose(mine, (u[:, :k] * s[:k]) @ v[:, :k].T, atol=1e-8 * s[0])
+
+
+def test_directions_beyond_the_rank_have_no_left_vector():
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((50, 3)) @ rng.standard_normal((3, 20))
+    factors = factorise(partial(value_blocks, values), 50, 20, 6)
+    assert (factors.long[:, 3:] == 0).all()
+    np.testing.assert_allclose(np.linalg.norm(factors.long[:, :3], axis=0), 1.0)
+
+
+def test_a_product_has_the_values_of_the_whole_and_exact_zeros_beyond_its_rank():
+    rng = np.random.default_rng(0)
+    for m, n, r in ((40, 30, 4), (30, 40, 4), (5, 6, 8)):
+        left, right = rng.standard_normal((m, r)), rng.standard_normal((r, n))
+        values = product_singular_values(left, right)
+        d = min(m, n)
+        assert values.shape == (d,)
+        np.testing.assert_allclose(values[:r], np.linalg.svd(left @ right, compute_uv=False)[:r], rtol=1e-10)
+        assert (values[r:] == 0).all()
+
+
+def test_closed_forms():
+    flat = spectrum_metrics(np.full(16, 3.0))
+    assert flat["spectral_norm"] == 3.0
+    assert flat["stable_rank"] == pytest.approx(16)
+    assert flat["effective_rank"] == pytest.approx(16)
+    assert flat["numerical_rank_1e-6"] == 16
+    assert flat["numerical_rank_fraction_1e-6"] == 1.0
+    assert flat["top4_energy"] == pytest.approx(4 / 16)
+    assert flat["top64_energy"] == pytest.approx(1)
+    assert flat["hill"] is None  # all values equal: no tail
+
+    one = spectrum_metrics(np.array([2.0, 0.0, 0.0]))
+    assert (one["stable_rank"], one["effective_rank"], one["numerical_rank_1e-4"]) == (1.0, 1.0, 1)
+    assert one["numerical_rank_fraction_1e-4"] == 1 / 3
+    assert one["hill"] is None  # σ_{k+1} = 0
+
+    geometric = spectrum_metrics(2.0 ** -np.arange(40))
+    k = 4  # ⌈0.1 · 40⌉; Σ_{i≤4} ln(σ_i/σ_5) = (4 + 3 + 2 + 1) ln 2
+    assert geometric["hill"] == pytest.approx(k / (10 * log(2)))
+    assert spectrum_metrics(2.0 ** -np.arange(6.0))["hill"] == pytest.approx(2 / (3 * log(2)))  # k is at least 2
+
+
+def test_a_zero_matrix_has_no_spectrum_and_no_nan():
+    row = spectrum_metrics(spectrum(np.zeros((12, 5))))
+    assert row["spectral_norm"] == 0.0
+    assert row["numerical_rank_1e-6"] == 0
+    assert [row[name] for name in ("stable_rank", "effective_rank", "hill", "top1_energy")] == [None] * 4
