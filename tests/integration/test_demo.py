@@ -128,4 +128,7 @@ def test_a_bad_model_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
         run_demo(tmp_path / "out", model=str(tmp_path / "absent"), quiet=True)
     with pytest.raises(DeltalensError, match="only 500 pairs are held out"):
         run_demo(tmp_path / "out", problems=501, quiet=True)
+    for name in ("steps", "seed", "problems"):
+        with pytest.raises(DeltalensError, match=f"{name} must be at least"):
+            run_demo(tmp_path / "out", quiet=True, **{name: -1})
     assert not (tmp_path / "out").exists()

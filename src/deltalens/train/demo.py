@@ -83,8 +83,9 @@ def run_demo(
     """
     task = Sums()
     task.test(problems)  # refuses too many before anything is fetched
-    if steps < 1:
-        raise ConfigError(f"steps must be at least 1, not {steps}")
+    for name, number, least in (("steps", steps, 1), ("seed", seed, 0), ("problems", problems, 1)):
+        if number < least:
+            raise ConfigError(f"{name} must be at least {least}, not {number}")
     config = OPSDConfig(steps=steps, seed=seed)
     output = Path(output)
     if fresh:

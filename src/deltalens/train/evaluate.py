@@ -119,8 +119,8 @@ def evaluate(
     if heat < 0 or (heat == 0 and samples > 1):
         raise ConfigError(f"temperature {heat} with {samples} samples: greedy replies are all the same")
     examples = task.test(problems)
-    folder = resolve_model(model)
     with quiet_libraries():
+        folder = resolve_model(model)
         tokenizer = load_tokenizer(folder)
         network = load_model(folder, "bfloat16")
         prompts = [e.prompt + e.context if privileged else e.prompt for e in examples for _ in range(samples)]
