@@ -173,7 +173,7 @@ def coverage_bars(summary: Mapping[str, Any]) -> dict[str, Any] | None:
         "barmode": "group",
         "height": 420,
         "margin": {"l": 60, "r": 10, "t": 40, "b": 70},
-        "yaxis": {"title": {"text": "share of the visible updates, %"}, "rangemode": "tozero"},
+        "yaxis": {"title": {"text": "share of the visible updates, %"}, "range": [0, max(112 * max(tops), 1.0)]},
         "xaxis": {"tickangle": 0},
         "legend": _LEGEND_ABOVE,
     }

@@ -273,7 +273,7 @@ def summary_repr(summary: Mapping[str, Any]) -> str:
     lines.append(f"  {place(summary).verdict}")
     for key in ("skipped", "warnings"):
         if summary.get(key):
-            lines.append(f"  {len(summary[key])} {key}")
+            lines.append(f"  {key}: {len(summary[key])}")
     return "\n".join(lines)
 
 
