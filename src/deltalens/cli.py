@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
 app = typer.Typer(
     help="Show, test and exploit what post-training does to a model's weights.",
     no_args_is_help=True,
@@ -289,8 +291,10 @@ def main() -> None:
         app()
     except DeltalensError as error:
         _fail(f"deltalens: {error}", 1)
-    except KeyboardInterrupt:
-        _fail("deltalens: interrupted; the same command goes on where it stopped", 130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # typer turns Ctrl-C into this exit, without a word
+            _fail("deltalens: interrupted; with -o, the same command goes on where it stopped", INTERRUPTED)
+        raise
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
