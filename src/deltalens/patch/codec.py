@@ -300,7 +300,7 @@ def _rebuild(before, tokens, extra, out):  # type: ignore[no-untyped-def]
             rest &= (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
             top = np.uint32(4) | ((token - np.uint32(DIRECT)) & np.uint32(3))
             value = (top << np.uint32(bits)) | np.uint32(rest)
-            at += bits
+            at += int(bits)
         step = (value >> np.uint32(1)) ^ (np.uint32(0) - (value & np.uint32(1)))
         out[i] = np.uint16(np.uint32(before[i]) + step)
     return (at + 63) >> 6
