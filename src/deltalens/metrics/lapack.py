@@ -59,7 +59,9 @@ def leading_eigenvectors(matrix: np.ndarray, k: int) -> tuple[np.ndarray, np.nda
         numpy.linalg.LinAlgError: LAPACK did not converge.
     """
     n = matrix.shape[0]
-    assert matrix.shape == (n, n) and matrix.dtype == np.float64 and matrix.flags.c_contiguous
+    assert matrix.shape == (n, n)
+    assert matrix.dtype == np.float64
+    assert matrix.flags.c_contiguous
     if n < 2:
         return matrix.reshape(-1).copy(), np.ones((n, k))
     diagonal, off, reflectors = np.empty(n), np.empty(n - 1), np.empty(n - 1)
