@@ -13,6 +13,7 @@ import numpy as np
 from blake3 import blake3
 
 from deltalens.analysis.cache import FactorisationCache
+from deltalens.analysis.fast import FastColumns
 from deltalens.analysis.settings import KINDS, Settings, mask_shares, mask_suffix, ratio_suffix
 from deltalens.analysis.spectral import SpectralColumns, excess
 from deltalens.checkpoint.base import DTYPE_BYTES, Checkpoint
@@ -98,8 +99,9 @@ def measure(
         return result
     shape = (pair.shape[0], pair.shape[1])
     left, right = before.reshape(shape), after.reshape(shape)
-    spectral = SpectralColumns(left, right, coordinates, tau, nulls, settings, _low_rank(pair, trained, settings))
-    if cache is not None:
+    columns = FastColumns if settings.spectrum == "fast" else SpectralColumns
+    spectral = columns(left, right, coordinates, tau, nulls, settings, _low_rank(pair, trained, settings))
+    if cache is not None and settings.spectrum == "exact":
         assert result.source_hash is not None
         spectral.source = cache.get(result.source_hash, shape, spectral.k, settings.compare, spectral.factorise_source)
     else:

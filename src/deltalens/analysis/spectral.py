@@ -14,7 +14,7 @@ import numpy as np
 from deltalens.analysis.null_draws import simulated_null
 from deltalens.analysis.settings import KINDS, Settings, mask_shares, mask_suffix, ratio_suffix
 from deltalens.metrics import random_values
-from deltalens.metrics.alignment import delta_pass, principal_sines, projections, spectral_shift
+from deltalens.metrics.alignment import DeltaPass, delta_pass, principal_sines, projections, spectral_shift
 from deltalens.metrics.blocks import delta_blocks, is_tall, value_blocks
 from deltalens.metrics.coordinates import Coordinates, low_magnitude_coverage, measure_coordinates
 from deltalens.metrics.masks import MaskSpec, entry_codes, principal_mask_sums
@@ -39,6 +39,9 @@ def excess(observed: float | None, null: float | None) -> float | None:
 
 class SpectralColumns:
     """The spectral columns of one matrix; holds the source's factorisation while they are made."""
+
+    mode = "exact"
+    mask_sums = staticmethod(principal_mask_sums)
 
     def __init__(
         self,
@@ -74,14 +77,14 @@ class SpectralColumns:
         return factorise(partial(value_blocks, values), self.length, self.width, self.k)
 
     def columns(self) -> dict[str, Any]:
-        row = self._delta_columns()
+        row: dict[str, Any] = {"spectrum_mode": self.mode}
+        row |= self._delta_columns()
         row |= self._rotation_columns()
         row |= self._coverage_columns(self._codes, KINDS, self.nulls)
         return row
 
     def _delta_columns(self) -> dict[str, Any]:
         """Spectrum of Δ and its projections, from one pass over Δ (a second where the Gram matrix is not enough)."""
-        m, n = self.before.shape
         blocks = partial(delta_blocks, self.before, self.after)
         passed = delta_pass(blocks, self.width, self.source)
         if self.c.delta_energy == 0:
@@ -91,10 +94,19 @@ class SpectralColumns:
         else:
             values = singular_values(blocks, self.length, self.width)
         self.spectra["delta"] = values
-        row: dict[str, Any] = dict(spectrum_metrics(values))
-        row["stable_rank_random"] = random_values.stable_rank_random(m, n)
+        return {**spectrum_metrics(values), **self._chance_columns(), **self._projection_columns(passed)}
+
+    def _chance_columns(self) -> dict[str, Any]:
+        m, n = self.before.shape
+        row: dict[str, Any] = {"stable_rank_random": random_values.stable_rank_random(m, n)}
         for k in TOP_ENERGIES:
             row[f"top{k}_energy_random"] = random_values.top_energy_random(m, n, min(k, self.width))
+        return row
+
+    def _projection_columns(self, passed: DeltaPass) -> dict[str, Any]:
+        """Projections and their random values, then the columns of the simulated null."""
+        m, n = self.before.shape
+        row: dict[str, Any] = {}
         draws = self._simulated()
         for k, ratio in zip(self.ranks, self.settings.ratios, strict=True):
             suffix = ratio_suffix(ratio)
@@ -108,7 +120,7 @@ class SpectralColumns:
                 row[f"{name}_projection_{suffix}_random"] = chance
         return row | draws
 
-    def _projections(self, passed: Any, energy: float, k: int) -> tuple[float | None, float | None, float | None]:
+    def _projections(self, passed: DeltaPass, energy: float, k: int) -> tuple[float | None, float | None, float | None]:
         """(joint, left, right); None for a zero update."""
         if energy == 0:
             return None, None, None
@@ -145,7 +157,7 @@ class SpectralColumns:
     ) -> dict[str, Any]:
         """Principal coverage of the visible and nonzero updates, its random value, null and excess."""
         counts = (self.c.visible, self.c.nonzero)
-        sums = principal_mask_sums(
+        sums = self.mask_sums(
             self.source, self.before.shape, _entry_weights(nulls), [mask for mask, _ in self.masks], codes
         )
         row: dict[str, Any] = {}
@@ -180,7 +192,7 @@ def _master_coverages(spectral: SpectralColumns, before: np.ndarray, master: np.
     )
     if c.nonfinite:
         return {}
-    sums = principal_mask_sums(
+    sums = spectral.mask_sums(
         spectral.source,
         before.shape,
         _entry_weights((None, None)),

@@ -1,0 +1,197 @@
+"""Float32 twins of the passes over a large matrix: blocks, Gram matrix, image of Δ, principal masks in one pass.
+
+Matrix products in float32 take half the time of float64, and the 1 % that `--spectrum fast` asks for leaves room for
+it. Blocks are scaled by a power of two so that squares of small updates do not underflow; orientation is that of
+`metrics.blocks`: the longer side as rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+
+import numba
+import numpy as np
+
+from deltalens.metrics.alignment import DeltaPass
+from deltalens.metrics.blocks import block_slices, cut, is_tall
+from deltalens.metrics.masks import MaskSpec, MaskSums
+from deltalens.metrics.spectrum import Factorisation
+from deltalens.metrics.values import KERNEL, ceil_share, narrow_single, widen_word, word_values
+
+__all__ = [
+    "SingleBlocks",
+    "gram_single",
+    "long_vectors",
+    "power_of_two_scale",
+    "single_delta_blocks",
+    "single_delta_pass",
+    "single_mask_sums",
+    "single_value_blocks",
+]
+
+BLOCK_ELEMENTS = 1 << 22  # 16 MB: a block's product must outweigh adding it to the d × d sum
+SAMPLED_ROWS = 512  # of R, for a first guess at where a mask's threshold lies
+MARGIN = 1.5  # the guess allows for a mask this many times as large
+KEY_SHIFT = 16  # float32 bits → 8 exponent and 7 mantissa bits: bins under 0.8 % wide
+KEYS = 1 << 15
+
+SingleBlocks = Callable[[], Iterator[tuple[slice, np.ndarray]]]
+
+
+def power_of_two_scale(energy: float, size: int) -> float:
+    """The power of two that brings the root mean square of `size` values of squared norm `energy` near 1."""
+    rms = (energy / size) ** 0.5
+    return 2.0 ** -round(float(np.log2(rms))) if rms > 0 else 1.0
+
+
+def _slices(shape: tuple[int, ...]) -> Iterator[slice]:
+    length, width = max(shape), min(shape)
+    step = max(1, BLOCK_ELEMENTS // max(width, 1))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def single_value_blocks(values: np.ndarray, scale: float) -> Iterator[tuple[slice, np.ndarray]]:
+    """(slice, float32 block (b, d)) of a prepared matrix times `scale`, longer side as rows."""
+    for part in _slices(values.shape):
+        piece = cut(values, part)
+        out = word_values(piece) if piece.dtype == np.uint16 else piece * scale
+        if piece.dtype == np.uint16:
+            out *= np.float32(scale)
+        out = out.astype(np.float32, copy=False)
+        yield part, out if is_tall(values.shape) else out.T
+
+
+def single_delta_blocks(source: np.ndarray, trained: np.ndarray, scale: float) -> Iterator[tuple[slice, np.ndarray]]:
+    """(slice, float32 block (b, d)) of (trained − source) · `scale`, subtracted in the compare dtype's arithmetic."""
+    for part in _slices(source.shape):
+        before, after = cut(source, part), cut(trained, part)
+        if before.dtype == np.uint16:
+            out = np.empty(before.shape, np.float32)
+            _delta_words(before.reshape(-1), after.reshape(-1), np.float32(scale), out.reshape(-1))
+        else:
+            out = ((after - before) * scale).astype(np.float32, copy=False)
+        yield part, out if is_tall(source.shape) else out.T
+
+
+@numba.njit(**KERNEL)
+def _delta_words(source, trained, scale, out):  # type: ignore[no-untyped-def]
+    for i in range(source.size):
+        difference = np.float32(widen_word(trained[i]) - widen_word(source[i]))
+        out[i] = widen_word(narrow_single(difference)) * scale
+
+
+def gram_single(blocks: SingleBlocks, width: int) -> np.ndarray:
+    """Σ blockᵀ·block, (d, d) float32; an eigenvalue carries an absolute error of some 1e-7 of the largest."""
+    total = np.zeros((width, width), np.float32)
+    for _, block in blocks():
+        total += block.T @ block
+    return total
+
+
+def long_vectors(blocks: SingleBlocks, short: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
+    """(length, k) float32: block · short / values, the singular vectors of the longer side."""
+    top = max(float(values[0]), 1e-300)
+    scaled = (short * np.divide(1.0, values, out=np.zeros_like(values), where=values > 1e-6 * top)).astype(np.float32)
+    out = np.empty((length, scaled.shape[1]), np.float32)
+    for part, block in blocks():
+        np.matmul(block, scaled, out=out[part])
+    return out
+
+
+def single_delta_pass(blocks: SingleBlocks, gram: np.ndarray, source: Factorisation) -> DeltaPass:
+    """Δ in the source's top-K bases from one pass: ‖Δv‖² is vᵀΔᵀΔv, and UᵀΔV is (UᵀΔ)V.
+
+    Args:
+        blocks: of Δ, float32.
+        gram: (d, d) float32, ΔᵀΔ.
+        source: its leading factors, float32.
+    """
+    on_long = np.zeros((source.long.shape[1], gram.shape[0]), np.float32)
+    for part, block in blocks():
+        on_long += source.long[part].T @ block
+    short_energy = np.einsum("dk,dk->k", source.short, gram @ source.short, dtype=np.float64)
+    return DeltaPass(
+        np.einsum("kd,kd->k", on_long, on_long, dtype=np.float64),
+        np.maximum(short_energy, 0),
+        (on_long @ source.short).astype(np.float64),
+    )
+
+
+def single_mask_sums(
+    factors: Factorisation,
+    shape: tuple[int, int],
+    weights: np.ndarray,
+    masks: Sequence[MaskSpec],
+    codes: Callable[[slice], np.ndarray],
+) -> list[MaskSums]:
+    """`metrics.masks.principal_mask_sums` in float32 and one pass (arguments and result as there).
+
+    Entries are added up in bins of |R| under 0.8 % wide; the bin that holds the threshold counts by the share of it
+    that fits. Entries surely outside are passed over: a sample of rows says from where on they may count, and where
+    it said too much the pass is made again over all entries.
+    """
+    entries = [ceil_share(mask.share, prod(shape)) for mask in masks]
+    lows = _lower_bounds(factors, masks)
+    for attempt in (lows, [0] * len(masks)):
+        counts = np.zeros((len(masks), KEYS), np.int64)
+        sums = np.zeros((len(masks), KEYS, weights.shape[1]))
+        for part in block_slices(shape):
+            piece = codes(part)
+            for i, block in enumerate(_reconstructions(factors, shape, part, masks)):
+                _add(block.reshape(-1).view(np.uint32), piece, attempt[i], weights, counts[i], sums[i])
+        if all(int(counts[i].sum()) >= entries[i] for i in range(len(masks))):
+            break
+    return [_cut_off(counts[i], sums[i], entries[i]) for i in range(len(masks))]
+
+
+def _reconstructions(
+    factors: Factorisation, shape: tuple[int, int], part: slice | np.ndarray, masks: Sequence[MaskSpec]
+) -> Iterator[np.ndarray]:
+    """Float32 rank-k reconstruction of one block for each mask; one buffer serves all."""
+    long = factors.long[part] * factors.values[: factors.long.shape[1]].astype(np.float32)
+    done = 0
+    total: np.ndarray | None = None
+    for mask in masks:
+        if mask.rank > done:
+            left, right = long[:, done : mask.rank], factors.short[:, done : mask.rank]
+            step = left @ right.T if is_tall(shape) else right @ left.T
+            total = step if total is None else np.add(total, step, out=total)
+            done = mask.rank
+        assert total is not None, "a mask has rank at least 1"
+        yield total
+
+
+def _lower_bounds(factors: Factorisation, masks: Sequence[MaskSpec]) -> list[int]:
+    """For each mask a bin of |R| that its threshold hardly lies below."""
+    length, width = factors.long.shape[0], factors.short.shape[0]
+    rows = np.unique(np.linspace(0, length - 1, min(length, SAMPLED_ROWS)).astype(np.int64))
+    out = []
+    for mask, block in zip(masks, _reconstructions(factors, (length, width), rows, masks), strict=True):
+        wanted = min(1.0, MARGIN * mask.share)
+        value = np.quantile(np.abs(block), 1 - wanted)
+        out.append(int(np.float32(value).view(np.uint32)) >> KEY_SHIFT)
+    return out
+
+
+def _cut_off(counts: np.ndarray, sums: np.ndarray, entries: int) -> MaskSums:
+    above = np.cumsum(counts[::-1])[::-1]
+    key = int(np.flatnonzero(above >= entries)[-1])
+    surely = int(above[key + 1]) if key + 1 < KEYS else 0
+    share = (entries - surely) / int(counts[key])
+    return MaskSums(entries, sums[key + 1 :].sum(axis=0) + share * sums[key])
+
+
+@numba.njit(**KERNEL)
+def _add(bits, codes, low, weights, counts, sums):  # type: ignore[no-untyped-def]
+    least = np.uint32(low << KEY_SHIFT)
+    for i in range(bits.size):
+        magnitude = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
+        if magnitude < least:
+            continue
+        key = magnitude >> np.uint32(KEY_SHIFT)
+        counts[key] += 1
+        code = codes[i]
+        for c in range(weights.shape[1]):
+            sums[key, c] += weights[code, c]
