@@ -122,7 +122,7 @@ def evaluate(
     with quiet_libraries():
         folder = resolve_model(model)
         tokenizer = load_tokenizer(folder)
-        network = load_model(folder, "bfloat16")
+        network = load_model(folder, "bfloat16").to(_device())
         prompts = [e.prompt + e.context if privileged else e.prompt for e in examples for _ in range(samples)]
         replies = generate(
             network,
@@ -139,6 +139,12 @@ def evaluate(
         for index, reply in enumerate(replies)
     )
     return _summarize(task.name, generations, samples, heat, max_new_tokens, privileged)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _scored(
