@@ -195,3 +195,41 @@ def test_one_bad_value_is_reported_and_poisons_nothing_else(write_checkpoint, ba
         if key not in ("tensors", "parameters", "nonfinite_tensors"):
             assert result.summary["global"][key] == value, key
     assert result.summary["global"]["nonfinite_tensors"] == 1
+
+
+def _odd_pairs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    w = np.random.default_rng(0).standard_normal((12, 7))
+    half = np.where(np.arange(12)[:, None] < 6, 0.0, w)
+    return {
+        "one weight": (np.ones((1, 1), BF16), 2 * np.ones((1, 1), BF16)),
+        "a scalar": (np.array(1.0, np.float32), np.array(2.0, np.float32)),
+        "all equal": (np.ones((12, 7), BF16), 2 * np.ones((12, 7), BF16)),
+        "a convolution": (w.reshape(3, 2, 2, 7).astype(BF16), (1.01 * w).reshape(3, 2, 2, 7).astype(BF16)),
+        "float16": (w.astype(np.float16), (1.01 * w).astype(np.float16)),
+        "bf16 to float64": (w.astype(BF16), 1.01 * w),
+        "float16 to bf16": (w.astype(np.float16), (1.01 * w).astype(BF16)),
+        "near overflow": ((1e37 * w).astype(BF16), (1.01e37 * w).astype(BF16)),
+        "subnormal": ((1e-39 * w).astype(BF16), (1.5e-39 * w).astype(BF16)),
+        "negative zero": (np.zeros((12, 7), BF16), -np.zeros((12, 7), BF16)),
+        "rows of zeros": (half.astype(BF16), (1.01 * half + 1e-6).astype(BF16)),
+    }
+
+
+@pytest.mark.parametrize("spectrum", ["exact", "none"])
+@pytest.mark.parametrize("compare", ["bf16", "stored", "fp32"])
+@pytest.mark.parametrize("name", _odd_pairs())
+def test_odd_tensors_give_finite_rows(write_checkpoint, tmp_path, name, compare, spectrum):
+    before, after = _odd_pairs()[name]
+    result = deltalens.analyze(
+        write_checkpoint({NAME: before}),
+        write_checkpoint({NAME: after}),
+        settings=deltalens.Settings(compare_dtype=compare, spectrum=spectrum, null_draws=2),
+        output=tmp_path / "out",
+    )
+    (row,) = result.tensors.iter_rows(named=True)
+    for column, value in row.items():
+        assert not isinstance(value, float) or math.isfinite(value), column
+        if value is not None and ("projection" in column or "coverage" in column) and "excess" not in column:
+            assert -1e-12 <= value <= 1 + 1e-9, column
+    assert row["parameters"] == before.size
+    assert row["nonfinite_count"] == 0

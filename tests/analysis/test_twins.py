@@ -189,3 +189,19 @@ def test_a_random_update_lies_at_its_simulated_null_and_a_structured_one_does_no
         write_checkpoint({names[0]: before}), write_checkpoint({names[0]: after[0]}), settings=settings
     )
     assert again.tensors["stable_rank_null"][0] == random["stable_rank_null"]  # seeded
+
+
+def test_mean_and_deviation_of_the_null_are_those_of_its_draws(write_checkpoint):
+    """The first of two draws is the only draw of a run with one; the second follows from the mean."""
+    before, after = pair((40, 30), BF16)
+    source, trained = write_checkpoint({NAME: before}), write_checkpoint({NAME: after})
+    one, two = (
+        deltalens.analyze(source, trained, settings=deltalens.Settings(null_draws=draws)).tensors.row(0, named=True)
+        for draws in (1, 2)
+    )
+    for column in ("stable_rank", "top4_energy", "principal_projection_10pct", "right_projection_20pct"):
+        first = one[f"{column}_null"]
+        second = 2 * two[f"{column}_null"] - first
+        assert one[f"{column}_null_std"] is None
+        assert two[f"{column}_null_std"] == pytest.approx(abs(first - second) / np.sqrt(2)), column
+        assert first != second

@@ -128,3 +128,19 @@ def test_a_zero_matrix_has_no_spectrum_and_no_nan():
     assert row["spectral_norm"] == 0.0
     assert row["numerical_rank_1e-6"] == 0
     assert [row[name] for name in ("stable_rank", "effective_rank", "hill", "top1_energy")] == [None] * 4
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("elements", [1 << 20, 700], ids=["one block", "many blocks"])
+def test_a_long_ill_conditioned_matrix_is_reduced_block_by_block(turned, elements, monkeypatch):
+    """R factors of blocks, merged again and again, keep what a Gram matrix would square away."""
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    wanted = np.logspace(2, -6.5, 24)
+    values = with_spectrum(np.random.default_rng(2), 700, 24, wanted)
+    values = values.T.copy() if turned else values
+    np.testing.assert_allclose(spectrum(values), wanted, rtol=1e-6)
+    factors = factorise(partial(value_blocks, values), 700, 24, 20)
+    u, _, v = lapack_svd(values)
+    long, short = (v, u) if turned else (u, v)
+    for mine, theirs in ((factors.long, long), (factors.short, short)):
+        np.testing.assert_allclose(np.abs((mine * theirs[:, :20]).sum(axis=0)), 1.0, atol=1e-6)
