@@ -33,12 +33,13 @@ _LOOKED_FOR = (
 _BELOW = ("pytorch_model_fsdp_0", "actor", "model", "sharded_state_dict")
 
 
-def open_checkpoint(spec: str | Path, *, base: Checkpoint | None = None) -> Checkpoint:
+def open_checkpoint(spec: str | Path, *, base: Checkpoint | None = None, stored: bool = False) -> Checkpoint:
     """Open a checkpoint without reading any tensor.
 
     Args:
         spec: a directory, a file, or a Hub id with an optional `@revision` (only what is needed is downloaded).
         base: the opened SOURCE; a PEFT adapter needs it, other formats ignore it.
+        stored: leave scaled float8 weights as they are stored, rather than multiplied out.
 
     Raises:
         CheckpointError: nothing usable is there; the message says what was looked for.
@@ -54,7 +55,7 @@ def open_checkpoint(spec: str | Path, *, base: Checkpoint | None = None) -> Chec
         return _open_adapter(str(spec), folder, base)
     source, notes, folder = _detect(path, folder)
     config, described = _read_config(folder)
-    if any(entry.dtype.startswith("F8") for entry in source.entries.values()):
+    if not stored and any(entry.dtype.startswith("F8") for entry in source.entries.values()):
         from deltalens.checkpoint.formats.fp8 import dequantise_float8
 
         source, said = dequantise_float8(source, config)

@@ -66,7 +66,8 @@ def apply(
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PatchError(f"{output}: exists already; apply writes a new folder and changes nothing that is there")
-    partial = output.parent / f".{output.name}.partial"
+    whole = Path(os.path.abspath(output))
+    partial = whole.parent / f".{whole.name}.partial"
     with _opened(source, patches) as (before, chain):
         layout = _layout(chain[-1])
         try:
@@ -97,6 +98,7 @@ def verify(
     """
     with _opened(source, patches) as (before, chain):
         entries = list(chain[-1].tensors.values())
+        _layout(chain[-1])
 
         def check(entry: PatchTensor) -> bool:
             _make(before, chain, entry.name)
@@ -130,6 +132,8 @@ def apply_in_place(state_dict: MutableMapping[str, Any], patch: str | Path) -> i
                 raise PatchError(f"{patch}: tensor {entry.name!r} is not what the patch was made from")
         for entry in wanted:
             source = _bytes_of(state_dict[entry.name])
+            if blake3(source.data).hexdigest() == entry.result_hash:
+                continue  # tied to one that has been written
             made = _decode(opened, entry, source)
             _write_back(state_dict[entry.name], made)
         return len(wanted)
@@ -163,7 +167,12 @@ def _opened(source: str | Path, patches: Sequence[str | Path]) -> Iterator[tuple
         for first, second in pairwise(chain):
             if first.result_hash != second.source_hash:
                 raise PatchError(f"{second.path}: does not start where {first.path} ends; give the patches in order")
-        yield stack.enter_context(open_checkpoint(source)), chain
+            for entry in second.tensors.values():
+                made = first.tensors.get(entry.name)
+                ends = made and (made.dtype, made.shape, made.result_hash)
+                if entry.source_hash is not None and ends != (entry.dtype, entry.shape, entry.source_hash):
+                    raise PatchError(f"{second.path}: tensor {entry.name!r} does not start where {first.path} ends")
+        yield stack.enter_context(open_checkpoint(source, stored=True)), chain
 
 
 def _make(before: Checkpoint, chain: Sequence[PatchFile], name: str) -> np.ndarray:
@@ -204,6 +213,8 @@ def _source_bytes(before: Checkpoint, patch: PatchFile, entry: PatchTensor) -> n
 def _decode(patch: PatchFile, entry: PatchTensor, source: np.ndarray | None) -> np.ndarray:
     if source is None:
         source = np.empty(entry.nbytes, np.uint8)  # `raw` reads its length only
+    elif source.size != entry.nbytes:
+        raise PatchError(f"{patch.path}: tensor {entry.name!r} was made from one of another size")
     try:
         made = decode_tensor(entry.codec, patch.frame(entry), source, entry.dtype, entry.width)
     except PatchError as error:
@@ -229,10 +240,17 @@ def _layout(patch: PatchFile) -> dict[str, tuple[str, int, int]]:
             for name, info in described.items():
                 begin, end = info["data_offsets"]
                 entry = patch.tensors[name]
-                if name in out or begin < 0 or end - begin != entry.nbytes or info["dtype"] != entry.dtype:
+                if name in out or end - begin != entry.nbytes:
+                    raise ValueError
+                if (info["dtype"], tuple(info["shape"])) != (entry.dtype, entry.shape):
                     raise ValueError
                 out[name] = (file.path, base + begin, entry.nbytes)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            at = base  # every byte of the file is a tensor's
+            for begin, nbytes in sorted((out[name][1], out[name][2]) for name in described):
+                if begin != at or type(begin) is not int:
+                    raise ValueError
+                at += nbytes
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise PatchError(f"{patch.path}: the header of {file.path} contradicts its tensors") from None
     if missing := next((name for name in patch.tensors if name not in out), None):
         raise PatchError(f"{patch.path}: no file of the result holds tensor {missing!r}")

@@ -17,7 +17,7 @@ import zstandard
 from deltalens.errors import PatchError
 from deltalens.patch import rans
 
-__all__ = ["CODECS", "decode_tensor", "encode_tensor"]
+__all__ = ["CODECS", "MOST_PACKED", "decode_tensor", "encode_tensor"]
 
 CODECS = ("unchanged", "conditioned", "sparse", "planes", "raw")
 EXPONENT_SHIFT = {"BF16": 7, "F16": 10}
@@ -25,6 +25,7 @@ TOKENS = 64  # 0 … 15 stand for themselves; above, 4 tokens an octave and the 
 DIRECT = 16
 RARE = 256  # contexts with fewer words than this share one model
 SMALL_BYTES = 1 << 16  # below this every codec is tried
+MOST_PACKED = 1 << 16  # zstd's densest block is 4 bytes for 128 KiB: what claims more is refused before memory is taken
 SPARSE_UP_TO = 0.05  # share of changed words up to which gaps are tried
 
 
@@ -90,7 +91,7 @@ def _compress(data: np.ndarray | bytes, level: int) -> bytes:
 def _decompress(frame: bytes, expected: int) -> bytes:
     """Decompress exactly `expected` bytes; a frame that claims more is refused before memory is taken."""
     try:
-        if zstandard.frame_content_size(frame) != expected:
+        if zstandard.frame_content_size(frame) != expected or expected > len(frame) * MOST_PACKED:
             raise PatchError("a compressed part has the wrong length")
         return zstandard.ZstdDecompressor().decompress(frame, max_output_size=expected)
     except zstandard.ZstdError as error:
@@ -124,9 +125,10 @@ def _decode_sparse(frame: bytes, before: np.ndarray, width: int) -> np.ndarray:
     if count > before.size or gap_bytes > 10 * count or first > len(frame) - 24:
         raise PatchError("a sparse frame claims more than its tensor holds")
     gaps = _unvarints(np.frombuffer(_decompress(frame[24 : 24 + first], gap_bytes), np.uint8), count)
-    places = np.cumsum(gaps + 1) - 1
-    if gaps.size != count or (count and (gaps.min() < 0 or places[-1] >= before.size)):
+    # Each gap first: the sum cannot then wrap around before it has left the tensor.
+    if count and (gaps.min() < 0 or gaps.max() >= before.size or np.max(np.cumsum(gaps + 1)) > before.size):
         raise PatchError("a sparse frame points outside its tensor")
+    places = np.cumsum(gaps + 1) - 1
     values = _join(np.frombuffer(_decompress(frame[24 + first :], count * width), np.uint8), width)
     out = before.copy()
     out[places] ^= values
@@ -156,8 +158,11 @@ def _unvarints(data: np.ndarray, count: int) -> np.ndarray:
     if ends.size != count or (data.size and ends[-1] != data.size - 1):
         raise PatchError("a sparse frame's gaps are damaged")
     starts = np.concatenate([[0], ends[:-1] + 1]) if count else ends
+    longest = int((ends - starts).max()) + 1 if count else 0
+    if longest > 10:
+        raise PatchError("a sparse frame's gaps are damaged")
     out = np.zeros(count, np.int64)
-    for k in range(int((ends - starts).max()) + 1 if count else 0):
+    for k in range(longest):
         have = starts + k <= ends
         out[have] |= (data[starts[have] + k].astype(np.int64) & 0x7F) << (7 * k)
     return out

@@ -36,7 +36,7 @@ def export_sparse(source: str | Path, trained: str | Path, output: str | Path, l
         PatchError: a tensor has too many elements for int32 positions, or the file cannot be written.
     """
     output = Path(output)
-    with open_checkpoint(source) as before, open_checkpoint(trained, base=before) as after:
+    with open_checkpoint(source, stored=True) as before, open_checkpoint(trained, base=before, stored=True) as after:
         header, changed = _header(before, after, layout)
         try:
             with whole_file(output) as temporary, temporary.open("wb") as stream:
@@ -55,7 +55,7 @@ def read_sparse(path: str | Path) -> Iterator[dict[str, Any]]:
 
     `indices` is None for a tensor that was written whole.
     """
-    with open_checkpoint(path) as file:
+    with open_checkpoint(path, stored=True) as file:
         stream = Path(path).open("rb")  # noqa: SIM115 - closed below, with the header read
         with stream:
             metadata = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))["__metadata__"]

@@ -25,7 +25,7 @@ from deltalens._version import __version__
 from deltalens.checkpoint.base import DTYPE_BYTES
 from deltalens.errors import PatchError
 from deltalens.files import whole_file
-from deltalens.patch.codec import CODECS
+from deltalens.patch.codec import CODECS, MOST_PACKED
 
 __all__ = ["CarriedFile", "PatchFile", "PatchTensor", "PatchWriter", "overall_hash", "plain_name"]
 
@@ -92,8 +92,9 @@ def plain_name(name: Any) -> bool:
         isinstance(name, str)
         and 0 < len(name) < 256
         and name not in (".", "..")
-        and not any(character in name for character in "/\\:\0")
+        and not any(character in name for character in "/\\:")
         and name == name.strip()
+        and name.isprintable()  # no control characters, nothing that has no UTF-8
     )
 
 
@@ -141,7 +142,10 @@ class PatchFile:
         except PatchError:
             self.close()
             raise
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except OSError as error:
+            self.close()
+            raise PatchError(f"{path}: cannot be read ({error.strerror})") from None
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             self.close()
             raise PatchError(f"{path}: its footer is malformed") from None
 
@@ -170,9 +174,10 @@ class PatchFile:
         if blake3(packed).digest() != digest:
             raise PatchError(f"{self.path}: its footer is damaged")
         try:
-            if zstandard.frame_content_size(packed) > MAX_FOOTER:
+            size = zstandard.frame_content_size(packed)
+            if not 0 < size <= min(MAX_FOOTER, length * MOST_PACKED):
                 raise PatchError(f"{self.path}: its footer is too large")
-            footer = json.loads(zstandard.ZstdDecompressor().decompress(packed, max_output_size=MAX_FOOTER))
+            footer = json.loads(zstandard.ZstdDecompressor().decompress(packed, max_output_size=size))
         except zstandard.ZstdError:
             raise PatchError(f"{self.path}: its footer is damaged") from None
         if footer["schema"] != SCHEMA:
@@ -188,15 +193,21 @@ class PatchFile:
         self.removed = [str(name) for name in footer["removed"]]
         self.tensors: dict[str, PatchTensor] = {}
         for name, dtype, shape, codec, offset, length, frame, source, result in footer["tensors"]:
-            if codec not in CODECS or dtype not in DTYPE_BYTES or name in self.tensors:
+            if not isinstance(name, str) or name in self.tensors:
+                raise PatchError(f"{self.path}: names a tensor twice, or not by a text: {name!r}")
+            if codec not in CODECS or dtype not in DTYPE_BYTES:
                 raise PatchError(f"{self.path}: tensor {name!r} is of a kind that this deltalens does not know")
             self._check_range(offset, length, f"tensor {name!r}")
-            if any(not isinstance(n, int) or n < 0 for n in shape) or prod(shape) > MAX_ELEMENTS:
+            if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
+                raise PatchError(f"{self.path}: tensor {name!r} has an impossible shape")
+            if prod(shape) > (min(MAX_ELEMENTS, length * MOST_PACKED) if source is None else MAX_ELEMENTS):
                 raise PatchError(f"{self.path}: tensor {name!r} has an impossible shape")
             if source is None and codec != "raw":
                 raise PatchError(f"{self.path}: tensor {name!r} has codec {codec} without a source")
-            self.tensors[str(name)] = PatchTensor(
-                name=str(name),
+            if (codec == "unchanged") != (length == 0) or (codec == "unchanged" and result not in (None, source)):
+                raise PatchError(f"{self.path}: tensor {name!r} is said to be unchanged, and to be changed")
+            self.tensors[name] = PatchTensor(
+                name=name,
                 dtype=dtype,
                 shape=tuple(shape),
                 codec=codec,
@@ -211,15 +222,17 @@ class PatchFile:
             if not plain_name(file.path):
                 raise PatchError(f"{self.path}: carries a file named {file.path!r}, which is no plain name; refused")
             self._check_range(file.offset, file.length, f"file {file.path!r}")
-            if not 0 <= file.bytes <= MAX_FILE:
+            most = min(MAX_FILE, file.length * MOST_PACKED) if file.length else MAX_FILE
+            if type(file.bytes) is not int or not 0 <= file.bytes <= most:
                 raise PatchError(f"{self.path}: the file {file.path!r} is impossibly large")
         if len({file.path for file in self.files}) != len(self.files):
             raise PatchError(f"{self.path}: carries a file twice")
         self._check_overall()
 
     def _check_range(self, offset: int, length: int, what: str) -> None:
-        inside = len(MAGIC) <= offset and length >= 0 and offset + length <= self._frames_end
-        if not (length == 0 or inside):
+        numbers = type(offset) is int and type(length) is int
+        inside = numbers and len(MAGIC) <= offset and length >= 0 and offset + length <= self._frames_end
+        if not inside and (offset, length) != (0, 0):
             raise PatchError(f"{self.path}: the frame of {what} lies outside the file")
 
     def _check_overall(self) -> None:

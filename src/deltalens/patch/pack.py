@@ -83,7 +83,7 @@ def pack(
         PatchError: the patch cannot be written.
     """
     output = Path(output)
-    with open_checkpoint(source) as before, open_checkpoint(trained, base=before) as after:
+    with open_checkpoint(source, stored=True) as before, open_checkpoint(trained, base=before, stored=True) as after:
         try:
             with PatchWriter.create(output) as writer:
                 footer, codecs = _write(writer, before, after, fast, jobs or workers(), progress)
@@ -193,13 +193,17 @@ def _weight_headers(writer: PatchWriter, after: Checkpoint) -> list[dict[str, An
     Where TRAINED is of another format, the result is one safetensors file.
     """
     if after.format == "safetensors":
-        return [_carry(writer, file.name, _header_bytes(file), weights=True) for file in after.files]
+        return [_carry(writer, file.name, _header_bytes(file, after), weights=True) for file in after.files]
     return [_carry(writer, "model.safetensors", _new_header(list(after.entries.values())), weights=True)]
 
 
-def _header_bytes(file: Path) -> bytes:
+def _header_bytes(file: Path, after: Checkpoint) -> bytes:
     with file.open("rb") as stream:
-        return stream.read(int.from_bytes(stream.read(8), "little"))
+        header = stream.read(int.from_bytes(stream.read(8), "little"))
+    held = sum(entry.nbytes for entry in after.entries.values() if entry.file == file)
+    if 8 + len(header) + held != file.stat().st_size:
+        raise PatchError(f"{file}: has bytes that belong to no tensor; save it again with safetensors")
+    return header
 
 
 def _new_header(entries: Sequence[TensorEntry]) -> bytes:
