@@ -213,6 +213,42 @@ def test_an_output_that_cannot_be_written(run, sides, tmp_path):
     assert (tmp_path / "file").read_text() == ""
 
 
+def test_a_cache_that_cannot_be_written(run, sides, tmp_path):
+    (tmp_path / "file").write_text("")
+    for cache in (tmp_path / "file", tmp_path / "file" / "cache"):
+        out = tmp_path / "out"
+        check_one_line(*run("analyze", *sides, "-o", out, "--cache", cache), r"cannot be written.*--cache", out)
+
+
+def test_results_that_cannot_be_put_in_place_leave_the_journal(run, sides, tmp_path):
+    (tmp_path / "tensors.parquet").mkdir()
+    code, _, stderr = run("analyze", *sides, "-o", tmp_path, "--quiet")
+    assert code == 1
+    assert re.fullmatch(r"deltalens: .*cannot be written.*\n", stderr)
+    assert not list(tmp_path.glob("*.partial"))
+    (tmp_path / "tensors.parquet").rmdir()
+    assert run("analyze", *sides, "-o", tmp_path, "--quiet")[0] == 0
+
+
+def test_master_weights_of_another_model(run, sides, tmp_path, write_checkpoint):
+    out = tmp_path / "out"
+
+    def against(tensors: dict[str, np.ndarray]) -> tuple[int, str, str]:
+        return run("analyze", *sides, "-o", out, "--master", write_checkpoint(tensors))
+
+    check_one_line(*against({"x.weight": np.ones((40, 24), np.float32)}), r"none of the tensors", out)
+    for shape in ((41, 24), (39, 24), (24, 40)):
+        check_one_line(*against({NAMES[1]: np.ones(shape, np.float32)}), r"up_proj.*\[40, 24\].*--master", out)
+    check_one_line(*against({NAMES[1]: np.ones((40, 24), np.int32)}), r"up_proj.*I32", out)
+
+
+def test_master_weights_that_lack_some_tensors(run, sides, write_checkpoint):
+    master = write_checkpoint({NAMES[1]: np.ones((40, 24), np.float32)})
+    code, stdout, _ = run("analyze", *sides, "--json", "--master", master)
+    assert code == 0
+    assert any("3 tensors are not in --master" in warning for warning in json.loads(stdout)["warnings"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +19,10 @@ from deltalens.analysis.result import AnalysisResult
 from deltalens.analysis.settings import Settings
 from deltalens.analysis.summary import summary_tables
 from deltalens.checkpoint import Checkpoint, open_checkpoint
+from deltalens.checkpoint.base import FLOAT_DTYPES
 from deltalens.checkpoint.formats.peft import LoraSource
 from deltalens.checkpoint.pairing import Pairing, pair_checkpoints
-from deltalens.errors import DeltalensError
+from deltalens.errors import CheckpointError, DeltalensError
 
 __all__ = ["analyze"]
 
@@ -57,18 +59,25 @@ def analyze(
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or the two cannot be compared.
-        DeltalensError: `output` cannot be written.
+        DeltalensError: `output` or `cache` cannot be written.
     """
     settings = settings or Settings()
-    with open_checkpoint(source) as before, open_checkpoint(trained, base=before) as after:
+    with ExitStack() as opened:
+        before = opened.enter_context(open_checkpoint(source))
+        after = opened.enter_context(open_checkpoint(trained, base=before))
+        full = opened.enter_context(open_checkpoint(master)) if master is not None else None
         if settings.compare_dtype is None:
             lora = isinstance(after.tensors, LoraSource)
             settings = replace(settings, compare_dtype="stored" if lora else "bf16")
         pairing = pair_checkpoints(before, after, include=include, exclude=exclude)
-        full = open_checkpoint(master) if master is not None else None
+        said = _check_master(full, after, pairing) if full is not None else []
+        if cache is not None:
+            with _writing(cache, "--cache"):
+                Path(cache).mkdir(parents=True, exist_ok=True)
         journal = None
         if output is not None:
-            journal = _journal(Path(output), _identity(before, after, full, pairing, settings), resume)
+            with _writing(output, "-o"):
+                journal = Journal(Path(output), _identity(before, after, full, pairing, settings), resume=resume)
         try:
             measured = measure_all(
                 pairing.pairs,
@@ -81,26 +90,54 @@ def analyze(
                 cache=FactorisationCache(Path(cache)) if cache is not None else None,
                 progress=progress,
             )
-        except BaseException:
+        finally:
             if journal is not None:
                 journal.close()
-            raise
-        finally:
-            if full is not None:
-                full.tensors.close()
         summary = _summary(before, after, pairing, measured, settings)
+        summary["warnings"] += said
         result = AnalysisResult.of(measured, summary, _manifest(before, after, measured, settings))
     if output is not None and journal is not None:
-        result.save(output)
+        with _writing(output, "-o"):
+            result.save(output)
         journal.remove()
     return result
 
 
-def _journal(output: Path, identity: dict[str, Any], resume: bool) -> Journal:
+@contextmanager
+def _writing(folder: str | Path, option: str) -> Iterator[None]:
+    """Turns the system's refusal to write into an error that says what to do."""
     try:
-        return Journal(output, identity, resume=resume)
+        yield
     except OSError as error:
-        raise DeltalensError(f"{output}: cannot be written ({error.strerror}); choose another folder with -o") from None
+        message = f"{folder}: cannot be written ({error.strerror}); choose another folder with {option}"
+        raise DeltalensError(message) from None
+
+
+def _check_master(master: Checkpoint, trained: Checkpoint, pairing: Pairing) -> list[str]:
+    """Warnings about what the master weights lack.
+
+    Raises:
+        CheckpointError: they hold none of the tensors, or one of another shape or of no floating-point dtype.
+    """
+    missing, found = [], 0
+    for pair in pairing.pairs:
+        name = next((n for n in (pair.trained_name, pair.source_name) if n in master.entries), None)
+        if name is None:
+            missing.append(pair.name)
+            continue
+        entry, shape = master.entries[name], trained.entries[pair.trained_name].shape
+        if entry.shape != shape or entry.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name!r} is {entry.dtype} {list(entry.shape)}, in {trained.path} a weight of "
+                f"{list(shape)}; --master wants the same model's weights before they were rounded"
+            )
+        found += 1
+    if not found:
+        raise CheckpointError(
+            f"{master.path}: holds none of the tensors of {trained.path}; --master wants the same model's weights "
+            "before they were rounded"
+        )
+    return [f"{len(missing)} tensors are not in --master: {', '.join(missing[:5])}"] if missing else []
 
 
 def _files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
