@@ -15,7 +15,13 @@ import numpy as np
 from deltalens.analysis.settings import ratio_suffix
 from deltalens.analysis.spectral import SpectralColumns
 from deltalens.metrics.blocks import delta_blocks, value_blocks
-from deltalens.metrics.randomised import RankEstimate, effective_rank_estimate, leading_eigenpairs, principal_subspace
+from deltalens.metrics.randomised import (
+    RankEstimate,
+    effective_rank_estimate,
+    leading_eigenpairs,
+    principal_subspace,
+    relative_residual,
+)
 from deltalens.metrics.single_precision import (
     gram_single,
     long_vectors,
@@ -39,6 +45,7 @@ __all__ = ["FastColumns"]
 TOP = max(TOP_ENERGIES)
 DIRECT_UP_TO = 640  # shorter side up to which LAPACK in float64 costs no more than the iterations
 RESOLVED = 1e-5  # λ_k/λ₁ of the source below which float32 does not separate the wanted directions
+CONVERGED = 0.05  # root mean square of the residuals beyond which the source is factorised after all
 TOLERANCE = 0.01  # relative error of the effective rank beyond which Δ is factorised after all
 
 
@@ -57,7 +64,8 @@ class FastColumns(SpectralColumns):
             eigenvalues, short, residuals = principal_subspace(
                 gram_single(blocks, self.width), self.k, self.settings.seed
             )
-            if eigenvalues[-1] > RESOLVED * eigenvalues[0]:
+            converged = relative_residual(residuals, eigenvalues) < CONVERGED
+            if converged and eigenvalues[-1] > RESOLVED * eigenvalues[0]:
                 values = np.sqrt(eigenvalues)
                 self.residuals = residuals / scale**4
                 return Factorisation(long_vectors(blocks, short, values, self.length), values / scale, short)

@@ -33,8 +33,8 @@ __all__ = [
 BLOCK_ELEMENTS = 1 << 22  # 16 MB: a block's product must outweigh adding it to the d × d sum
 SAMPLED_ROWS = 512  # of R, for a first guess at where a mask's threshold lies
 MARGIN = 1.5  # the guess allows for a mask this many times as large
-KEY_SHIFT = 16  # float32 bits → 8 exponent and 7 mantissa bits: bins under 0.8 % wide
-KEYS = 1 << 15
+KEY_SHIFT = 13  # float32 bits → 8 exponent and 10 mantissa bits: bins under 0.1 % wide
+KEYS = 1 << 18
 
 SingleBlocks = Callable[[], Iterator[tuple[slice, np.ndarray]]]
 
@@ -128,7 +128,7 @@ def single_mask_sums(
 ) -> list[MaskSums]:
     """`metrics.masks.principal_mask_sums` in float32 and one pass (arguments and result as there).
 
-    Entries are added up in bins of |R| under 0.8 % wide; the bin that holds the threshold counts by the share of it
+    Entries are added up in bins of |R| under 0.1 % wide; the bin that holds the threshold counts by the share of it
     that fits. Entries surely outside are passed over: a sample of rows says from where on they may count, and where
     it said too much the pass is made again over all entries.
     """
