@@ -1,0 +1,137 @@
+"""Peak memory of `--spectrum none` on a sharded 8-billion-parameter bf16 pair, and how long exact mode would take.
+
+    python benchmarks/bench_memory.py FOLDER [--scale 1]
+
+The pair (2 × 16 GB at scale 1) is written to FOLDER once, at the shapes of Llama-3-8B, and reused; `--scale 0.125`
+makes it with an eighth of the layers and of the vocabulary. The peer is `weightscope diff`, which reads the same pair
+(`--no-peer` leaves it out). Exact mode is timed on one layer and
+extrapolated by parameters.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from processes import Measurement, command, machine, run_process
+from safetensors.numpy import save_file
+
+HIDDEN, FFN, LAYERS, VOCABULARY, KEYS_VALUES = 4096, 14_336, 32, 128_256, 1024
+LIMIT = 3e9
+SPARE = 4e9  # bytes of the disk that are left alone
+
+
+def layer_shapes(i: int) -> dict[str, tuple[int, ...]]:
+    layer = f"model.layers.{i}"
+    out: dict[str, tuple[int, ...]] = {f"{layer}.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qo"}
+    out |= {f"{layer}.self_attn.{name}_proj.weight": (KEYS_VALUES, HIDDEN) for name in "kv"}
+    out |= {f"{layer}.mlp.{name}_proj.weight": (FFN, HIDDEN) for name in ("gate", "up")}
+    out[f"{layer}.mlp.down_proj.weight"] = (HIDDEN, FFN)
+    return out | {f"{layer}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
+
+
+def shards(scale: float) -> list[dict[str, tuple[int, ...]]]:
+    """Shapes a shard: the embedding, every layer, the head."""
+    vocabulary, layers = max(1, round(scale * VOCABULARY)), max(1, round(scale * LAYERS))
+    last: dict[str, tuple[int, ...]] = {"model.norm.weight": (HIDDEN,), "lm_head.weight": (vocabulary, HIDDEN)}
+    return [{"model.embed_tokens.weight": (vocabulary, HIDDEN)}, *map(layer_shapes, range(layers)), last]
+
+
+def write_pair(folder: Path, scale: float) -> None:
+    """Both sides, shard by shard; `model.safetensors.index.json` comes last and says that a side is complete."""
+    plan = shards(scale)
+    sides = folder / "source", folder / "trained"
+    if all((side / "model.safetensors.index.json").exists() for side in sides):
+        return
+    needed = 4 * sum(int(np.prod(shape)) for shard in plan for shape in shard.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed + SPARE:
+        raise SystemExit(f"{folder}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free; try --scale 0.125")
+    names: dict[str, str] = {}
+    for i, shard in enumerate(plan):
+        rng = np.random.default_rng(i)
+        file = f"model-{i + 1:05}-of-{len(plan):05}.safetensors"
+        tensors: tuple[dict, dict] = {}, {}
+        for name, shape in shard.items():
+            names[name] = file
+            source = np.empty(shape, ml_dtypes.bfloat16)
+            trained = np.empty_like(source)
+            for start in range(0, shape[0], 4096):  # in pieces, since the float32 noise of a vocabulary is large
+                piece = slice(start, start + 4096)
+                size = source[piece].shape
+                source[piece] = (np.float32(0.02) * rng.standard_normal(size, np.float32)).astype(ml_dtypes.bfloat16)
+                update = np.float32(1.5e-5) * rng.standard_normal(size, np.float32)
+                trained[piece] = (source[piece].astype(np.float32) + update).astype(ml_dtypes.bfloat16)
+            tensors[0][name], tensors[1][name] = source, trained
+        for side, values in zip(sides, tensors, strict=True):
+            side.mkdir(exist_ok=True)
+            save_file(values, side / file, metadata={"format": "pt"})
+    for side in sides:
+        index = {"metadata": {"total_size": needed // 2}, "weight_map": names}
+        (side / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def analyze(folder: Path, *options: str) -> Measurement:
+    pair = [str(folder / side) for side in ("source", "trained")]
+    with tempfile.TemporaryDirectory() as output:
+        return run_process(command("deltalens", "analyze", *pair, "-o", output, "--quiet", *options))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--no-peer", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.folder is None:
+        print("bench_memory: left out, it writes 32 GB; give it a FOLDER (and --scale 0.125 for 4 GB)")
+        return
+    folder = arguments.folder / f"scale-{arguments.scale:g}"
+    write_pair(folder, arguments.scale)
+    plan = shards(arguments.scale)
+    parameters = sum(int(np.prod(shape)) for shard in plan for shape in shard.values())
+    largest = max(int(np.prod(shape)) for shard in plan for shape in shard.values())
+    print(machine())
+    print(f"{parameters / 1e9:.2f} billion parameters, {4 * parameters / 1e9:.1f} GB, {len(plan)} shards a side")
+    ours = analyze(folder, "--spectrum", "none")
+    report("deltalens none", ours, parameters)
+    bound = 500e6 + 16 * largest
+    print(
+        f"peak {ours.peak / 1e9:.2f} GB: limits are {LIMIT / 1e9:.0f} GB, and 0.5 GB + 4 × the largest tensor in "
+        f"float32 = {bound / 1e9:.2f} GB"
+    )
+    if not arguments.no_peer:
+        pair = [str(folder / side) for side in ("source", "trained")]
+        with tempfile.TemporaryDirectory() as output:
+            peer = run_process(command("weightscope", "diff", *pair, "-o", f"{output}/diff.md"))
+        report("weightscope diff", peer, parameters)
+        print(
+            f"deltalens none ÷ weightscope diff: {peer.wall / ours.wall:.1f} × faster (wall), "
+            f"{peer.cpu / ours.cpu:.1f} × (CPU), {ours.peak / peer.peak:.2f} × the memory"
+        )
+    start = analyze(folder, "--spectrum", "none", "--include", "model.norm.weight")  # what a process costs by itself
+    one = analyze(folder, "--spectrum", "exact", "--include", "model.layers.0.*")
+    size = sum(int(np.prod(shape)) for shape in layer_shapes(0).values())
+    rate = size / (one.wall - start.wall)
+    print(f"exact mode on one layer: {one.wall:.1f} s, {one.peak / 1e9:.2f} GB peak, {rate / 1e6:.2f} M parameters/s")
+    # An embedding is the taller matrix: fewer factorisations a parameter, so this errs on the slow side.
+    print(f"extrapolated to {parameters / 1e9:.2f} billion parameters: {parameters / rate / 60:.0f} min")
+    if ours.peak > LIMIT:
+        sys.exit("over the limit")
+
+
+def report(name: str, m: Measurement, parameters: int) -> None:
+    rate = 4 * parameters / 1e9
+    print(
+        f"{name:17} {m.wall:7.1f} s wall ({rate / m.wall:.2f} GB/s)  {m.cpu:7.1f} s CPU ({rate / m.cpu:.2f} GB/s a "
+        f"core)  {m.peak / 1e9:5.2f} GB peak"
+    )
+
+
+if __name__ == "__main__":
+    main()
