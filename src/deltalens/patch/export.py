@@ -33,7 +33,8 @@ def export_sparse(source: str | Path, trained: str | Path, output: str | Path, l
     Two passes over the tensors: one counts, for the header; one writes. Memory holds one tensor.
 
     Raises:
-        PatchError: a tensor has too many elements for int32 positions, or the file cannot be written.
+        PatchError: a tensor has too many elements for int32 positions, two tensors would have one name in the file,
+            or the file cannot be written.
     """
     output = Path(output)
     with open_checkpoint(source, stored=True) as before, open_checkpoint(trained, base=before, stored=True) as after:
@@ -58,7 +59,9 @@ def read_sparse(path: str | Path) -> Iterator[dict[str, Any]]:
     with open_checkpoint(path, stored=True) as file:
         stream = Path(path).open("rb")  # noqa: SIM115 - closed below, with the header read
         with stream:
-            metadata = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))["__metadata__"]
+            metadata = json.loads(stream.read(int.from_bytes(stream.read(8), "little"))).get("__metadata__", {})
+        if metadata.get("layout") not in _SEPARATOR or "tensors" not in metadata:
+            raise PatchError(f"{path}: was not written by export_sparse (deltalens pack --format)")
         separator = _SEPARATOR[metadata["layout"]]
         for name, (dtype, shape, whole) in json.loads(metadata["tensors"]).items():
             if whole:
@@ -95,6 +98,8 @@ def _header(before: Checkpoint, after: Checkpoint, layout: ExportFormat) -> tupl
 
     def add(key: str, dtype: str, shape: list[int]) -> None:
         nonlocal at
+        if key in header:
+            raise PatchError(f"{after.path}: two of its tensors would be written as {key!r} in the layout {layout}")
         nbytes = int(np.prod(shape, dtype=np.int64)) * DTYPE_BYTES[dtype]
         header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
         at += nbytes
