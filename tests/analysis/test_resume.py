@@ -14,7 +14,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import deltalens
-from deltalens.analysis.journal import FOLDER
+from deltalens.analysis.journal import FOLDER, Journal
+from deltalens.analysis.pair import Measured
+from deltalens.errors import DeltalensError
 
 BF16 = ml_dtypes.bfloat16
 TABLES = ("tensors.parquet", "spectra.parquet", "summary.json")
@@ -213,3 +215,18 @@ def test_interrupted_then_killed_then_finished(large, tmp_path):
     assert not (out / FOLDER).exists()
     deltalens.analyze(*large, output=tmp_path / "whole", jobs=2)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_full_disk_is_one_line(tmp_path, monkeypatch):
+    journal = Journal(tmp_path, {"of": "nothing"}, resume=True)
+
+    class Full:
+        def tell(self):
+            return 0
+
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal, "_row_stream", Full())
+    with pytest.raises(DeltalensError, match=r"No space left on device.*free some space"):
+        journal.add(Measured({"name": "w"}))

@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from deltalens.errors import DeltalensError
 from deltalens.files import whole_file
 from deltalens.metrics.spectrum import Factorisation
 
@@ -28,13 +29,21 @@ class FactorisationCache:
     def get(
         self, content_hash: str, shape: tuple[int, int], k: int, compare: str, make: Callable[[], Factorisation]
     ) -> Factorisation:
-        """The stored factorisation, or the one that `make` gives, which is then stored."""
+        """The stored factorisation, or the one that `make` gives, which is then stored.
+
+        Raises:
+            DeltalensError: the folder cannot be written.
+        """
         file = self.folder / f"{content_hash}-{shape[0]}x{shape[1]}-k{k}-{compare}.npz"
         try:
             with np.load(file, allow_pickle=False) as stored:
                 return Factorisation(stored["long"], stored["values"], stored["short"])
         except (OSError, ValueError, KeyError, BadZipFile):
             made = make()
-        with whole_file(file) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, long=made.long, values=made.values, short=made.short)
+        try:
+            with whole_file(file) as temporary, temporary.open("wb") as stream:
+                np.savez(stream, long=made.long, values=made.values, short=made.short)
+        except OSError as error:
+            message = f"{self.folder}: cannot be written ({error.strerror}); free some space, or leave out --cache"
+            raise DeltalensError(message) from None
         return made

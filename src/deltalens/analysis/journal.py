@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from deltalens.analysis.pair import Measured
+from deltalens.errors import DeltalensError
 from deltalens.files import whole_file
 
 __all__ = ["Journal"]
@@ -87,7 +88,19 @@ class Journal:
         return self._finished
 
     def add(self, measured: Measured) -> None:
-        """Write one finished row."""
+        """Write one finished row.
+
+        Raises:
+            DeltalensError: the disk is full, or gone.
+        """
+        try:
+            self._write(measured)
+        except OSError as error:
+            raise DeltalensError(
+                f"{self.folder}: cannot be written ({error.strerror}); free some space, and the same command goes on"
+            ) from None
+
+    def _write(self, measured: Measured) -> None:
         offset = self._spectra_stream.tell()
         for values in measured.spectra.values():
             self._spectra_stream.write(np.ascontiguousarray(values, np.float64).tobytes())
