@@ -54,7 +54,9 @@ def test_everything_promised_is_there(demo: tuple[Path, DemoResult], tiny_model:
     assert (result.student, result.master) == (output / "student", output / "master")
     assert [entry["step"] for entry in result.curve] == list(range(1, STEPS + 1))
     assert weights(output / "student") != weights(tiny_model)
-    assert json.loads((output / "student" / "config.json").read_text())["dtype"] == "bfloat16"
+    trained, source = (json.loads((folder / "config.json").read_text()) for folder in (output / "student", tiny_model))
+    assert trained == source
+    assert trained["dtype"] == "bfloat16"
     assert len((output / "after.jsonl").read_text().splitlines()) == result.after.problems == 20
     assert not result.improved, "a random model of two layers learns no sums in twelve steps"
 

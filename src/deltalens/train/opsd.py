@@ -176,6 +176,7 @@ def _arguments(config: OPSDConfig, checkpoints: Path) -> Any:
         bf16=config.bf16,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,  # the default of TRL, 20 % slower; these models are small
+        use_cache=True,  # else the trainer turns it off in the config that the student is saved with
         seed=config.seed,
         data_seed=config.seed,
         save_strategy="steps",
