@@ -62,7 +62,10 @@ def test_added_removed_reshaped_and_recast_tensors(tmp_path):
 
 def test_files_beside_the_weights(tmp_path):
     """Equal ones come from the source, changed and new ones from the patch, gone ones are gone; others stay out."""
-    source, trained = write_folder(tmp_path / "source", weights()), write_folder(tmp_path / "trained", weights(), shards=2)
+    source, trained = (
+        write_folder(tmp_path / "source", weights()),
+        write_folder(tmp_path / "trained", weights(), shards=2),
+    )
     (source / "gone.json").write_text("{}")
     (trained / "config.json").write_text('{"model_type": "llama", "use_cache": false}')
     (trained / "generation_config.json").write_text('{"temperature": 0.6}')
