@@ -218,15 +218,12 @@ def test_interrupted_then_killed_then_finished(large, tmp_path):
 
 
 def test_full_disk_is_one_line(tmp_path, monkeypatch):
-    journal = Journal(tmp_path, {"of": "nothing"}, resume=True)
-
     class Full:
         def tell(self):
-            return 0
-
-        def write(self, _):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(journal, "_row_stream", Full())
+    journal = Journal(tmp_path, {"of": "nothing"}, resume=True)
+    journal.close()
+    monkeypatch.setattr(journal, "_spectra_stream", Full())
     with pytest.raises(DeltalensError, match=r"No space left on device.*free some space"):
         journal.add(Measured({"name": "w"}))
