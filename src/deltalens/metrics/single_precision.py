@@ -17,7 +17,7 @@ from deltalens.metrics.alignment import DeltaPass
 from deltalens.metrics.blocks import block_slices, cut, is_tall
 from deltalens.metrics.masks import MaskSpec, MaskSums
 from deltalens.metrics.spectrum import Factorisation
-from deltalens.metrics.values import KERNEL, ceil_share, narrow_single, widen_word, word_values
+from deltalens.metrics.values import KERNEL, WORDS, ceil_share, narrow_single, widen_word
 
 __all__ = [
     "SingleBlocks",
@@ -30,11 +30,16 @@ __all__ = [
     "single_value_blocks",
 ]
 
-BLOCK_ELEMENTS = 1 << 22  # 16 MB: a block's product must outweigh adding it to the d × d sum
-SAMPLED_ROWS = 512  # of R, for a first guess at where a mask's threshold lies
-MARGIN = 1.5  # the guess allows for a mask this many times as large
+BLOCK_ELEMENTS = 1 << 23  # 32 MB: a block's product must outweigh adding it to the d × d sum
+SAMPLED_ROWS = 128  # of R, for a first guess at where a mask's threshold lies
+MARGIN = 1.3  # the guess allows for a mask this many times as large
 KEY_SHIFT = 13  # float32 bits → 8 exponent and 10 mantissa bits: bins under 0.1 % wide
 KEYS = 1 << 18
+
+CHUNK = 4096  # entries whose places are listed at once
+
+DOUBLE_ROWS = numba.types.Array(numba.float64, 2, "C", readonly=True)
+COUNTS, SUMS = numba.int64[::1], numba.float64[:, ::1]
 
 SingleBlocks = Callable[[], Iterator[tuple[slice, np.ndarray]]]
 
@@ -53,30 +58,51 @@ def _slices(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 def single_value_blocks(values: np.ndarray, scale: float) -> Iterator[tuple[slice, np.ndarray]]:
-    """(slice, float32 block (b, d)) of a prepared matrix times `scale`, longer side as rows."""
+    """(slice, float32 block (b, d)) of a prepared matrix times `scale`, longer side as rows.
+
+    A block is good until the next one: one buffer serves all.
+    """
+    buffer = np.empty(0, np.float32)
     for part in _slices(values.shape):
         piece = cut(values, part)
-        out = word_values(piece) if piece.dtype == np.uint16 else piece * scale
+        buffer = _at_least(buffer, piece.size)
+        out = buffer[: piece.size].reshape(piece.shape)
         if piece.dtype == np.uint16:
-            out *= np.float32(scale)
-        out = out.astype(np.float32, copy=False)
+            _scaled_words(piece.reshape(-1), np.float32(scale), out.reshape(-1))
+        else:
+            np.multiply(piece, scale, out=out, casting="same_kind")
         yield part, out if is_tall(values.shape) else out.T
 
 
 def single_delta_blocks(source: np.ndarray, trained: np.ndarray, scale: float) -> Iterator[tuple[slice, np.ndarray]]:
-    """(slice, float32 block (b, d)) of (trained − source) · `scale`, subtracted in the compare dtype's arithmetic."""
+    """(slice, float32 block (b, d)) of (trained − source) · `scale`, subtracted in the compare dtype's arithmetic.
+
+    A block is good until the next one: one buffer serves all.
+    """
+    buffer = np.empty(0, np.float32)
     for part in _slices(source.shape):
         before, after = cut(source, part), cut(trained, part)
+        buffer = _at_least(buffer, before.size)
+        out = buffer[: before.size].reshape(before.shape)
         if before.dtype == np.uint16:
-            out = np.empty(before.shape, np.float32)
-            _delta_words(before.reshape(-1), after.reshape(-1), np.float32(scale), out.reshape(-1))
+            _scaled_delta_words(before.reshape(-1), after.reshape(-1), np.float32(scale), out.reshape(-1))
         else:
-            out = ((after - before) * scale).astype(np.float32, copy=False)
+            np.multiply(after - before, scale, out=out, casting="same_kind")
         yield part, out if is_tall(source.shape) else out.T
 
 
-@numba.njit(**KERNEL)
-def _delta_words(source, trained, scale, out):  # type: ignore[no-untyped-def]
+def _at_least(buffer: np.ndarray, size: int) -> np.ndarray:
+    return buffer if buffer.size >= size else np.empty(size, np.float32)
+
+
+@numba.njit([numba.void(WORDS, numba.float32, numba.float32[::1])], **KERNEL)
+def _scaled_words(words, scale, out):  # type: ignore[no-untyped-def]
+    for i in range(words.size):
+        out[i] = widen_word(words[i]) * scale
+
+
+@numba.njit([numba.void(WORDS, WORDS, numba.float32, numba.float32[::1])], **KERNEL)
+def _scaled_delta_words(source, trained, scale, out):  # type: ignore[no-untyped-def]
     for i in range(source.size):
         difference = np.float32(widen_word(trained[i]) - widen_word(source[i]))
         out[i] = widen_word(narrow_single(difference)) * scale
@@ -85,8 +111,9 @@ def _delta_words(source, trained, scale, out):  # type: ignore[no-untyped-def]
 def gram_single(blocks: SingleBlocks, width: int) -> np.ndarray:
     """Σ blockᵀ·block, (d, d) float32; an eigenvalue carries an absolute error of some 1e-7 of the largest."""
     total = np.zeros((width, width), np.float32)
+    product = np.empty_like(total)
     for _, block in blocks():
-        total += block.T @ block
+        total += np.matmul(block.T, block, out=product)
     return total
 
 
@@ -183,15 +210,21 @@ def _cut_off(counts: np.ndarray, sums: np.ndarray, entries: int) -> MaskSums:
     return MaskSums(entries, sums[key + 1 :].sum(axis=0) + share * sums[key])
 
 
-@numba.njit(**KERNEL)
+@numba.njit([numba.void(numba.uint32[::1], numba.int32[::1], numba.int64, DOUBLE_ROWS, COUNTS, SUMS)], **KERNEL)
 def _add(bits, codes, low, weights, counts, sums):  # type: ignore[no-untyped-def]
     least = np.uint32(low << KEY_SHIFT)
-    for i in range(bits.size):
-        magnitude = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
-        if magnitude < least:
-            continue
-        key = magnitude >> np.uint32(KEY_SHIFT)
-        counts[key] += 1
-        code = codes[i]
-        for c in range(weights.shape[1]):
-            sums[key, c] += weights[code, c]
+    columns = weights.shape[1]
+    places = np.empty(CHUNK, np.int32)
+    for start in range(0, bits.size, CHUNK):
+        stop = min(start + CHUNK, bits.size)
+        kept = 0
+        for i in range(start, stop):  # without a branch, which would be mispredicted every few entries
+            places[kept] = i - start
+            kept += int(np.uint32(bits[i] & np.uint32(0x7FFFFFFF)) >= least)
+        for j in range(kept):
+            i = start + places[j]
+            key = np.uint32(bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(KEY_SHIFT)
+            code = codes[i]
+            counts[key] += 1
+            for c in range(columns):
+                sums[key, c] += weights[code, c]
