@@ -1,6 +1,7 @@
 from pathlib import Path
 from typing import Any
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
@@ -8,8 +9,6 @@ import pytest
 from deltalens.checkpoint import open_checkpoint
 from deltalens.checkpoint.formats.gguf import _ARCHITECTURES, _hf_name
 from deltalens.errors import CheckpointError
-
-gguf = pytest.importorskip("gguf")
 
 HEADS, GROUPS, WIDTH, HIDDEN, INNER, VOCAB = 4, 2, 8, 32, 64, 40
 

