@@ -128,6 +128,7 @@ def analyze(
     ] = 0,
     include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only tensors that match.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave out tensors that match.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one a processor by default.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Take up an unfinished analysis in DIR, or start again.")
@@ -157,6 +158,7 @@ def analyze(
             mask_rank=mask_rank,
             mask_share=mask_share,
             null_draws=null_draws,
+            device=device,
         )
     except DeltalensError:
         raise

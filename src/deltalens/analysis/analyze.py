@@ -59,9 +59,13 @@ def analyze(
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or the two cannot be compared.
-        DeltalensError: `output` or `cache` cannot be written.
+        DeltalensError: `output` or `cache` cannot be written, or the device cannot be used.
     """
     settings = settings or Settings()
+    if settings.device != "cpu":
+        from deltalens.accelerator import check_device
+
+        check_device(settings.device)
     with ExitStack() as opened:
         before = opened.enter_context(open_checkpoint(source))
         after = opened.enter_context(open_checkpoint(trained, base=before))

@@ -75,7 +75,7 @@ def measure_all(
         pairs: from `pair_checkpoints`.
         source, trained, master: opened checkpoints; they must stay open.
         settings: what to compute.
-        jobs: threads; one a processor by default.
+        jobs: threads; one a processor by default, two for a device.
         journal: finished rows are written to it as they come, and taken from it where it has them already.
         cache: factorisations of the source.
         progress: told after each tensor.
@@ -105,7 +105,9 @@ def measure_all(
                 own.buffers = Buffers()
             return index, measure(pairs[index], source, trained, settings, master, own.buffers, cache)
 
-    with threadpool_limits(1), ThreadPoolExecutor(jobs or default_jobs()) as pool:
+    # Two threads keep a device busy: one reads and hashes while the other's tensor is on it.
+    jobs = jobs or (default_jobs() if settings.device == "cpu" else 2)
+    with threadpool_limits(1), ThreadPoolExecutor(jobs) as pool:
         running: set[Future[tuple[int, Measured]]] = {pool.submit(work, index) for index in waiting}
         try:
             while running:

@@ -6,16 +6,15 @@ preference, stored the way TRAINED was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from deltalens.analysis.settings import Settings, ratio_suffix
-from deltalens.metrics.alignment import delta_pass, projections
-from deltalens.metrics.blocks import delta_blocks, is_tall
-from deltalens.metrics.spectrum import TOP_ENERGIES, Factorisation, singular_values
+from deltalens.metrics.alignment import DeltaPass, projections
+from deltalens.metrics.blocks import is_tall
+from deltalens.metrics.spectrum import TOP_ENERGIES
 from deltalens.metrics.values import round_to_bf16, word_values
 
 __all__ = ["draw_update", "simulated_null"]
@@ -31,22 +30,29 @@ def draw_update(words: np.ndarray, scale: float, rng: np.random.Generator) -> np
 
 
 def simulated_null(
-    words: np.ndarray, scale: float, source: Factorisation, ranks: Sequence[int], settings: Settings
+    words: np.ndarray,
+    scale: float,
+    singular_values: Callable[[np.ndarray], np.ndarray],
+    delta_pass: Callable[[np.ndarray], DeltaPass],
+    ranks: Sequence[int],
+    settings: Settings,
 ) -> dict[str, Any]:
-    """Columns `…_null` (mean over draws) and `…_null_std` of stable rank, top-k energies and projections."""
-    length, width = max(words.shape), min(words.shape)
+    """Columns `…_null` (mean over draws) and `…_null_std` of stable rank, top-k energies and projections.
+
+    `singular_values` and `delta_pass` take a draw (words) and give those of its difference to the source.
+    """
     seen: dict[str, list[float]] = {}
     for draw in range(settings.null_draws):
         rng = np.random.default_rng([settings.seed, draw, *words.shape])
-        blocks = partial(delta_blocks, words, draw_update(words, scale, rng))
-        energies = singular_values(blocks, length, width) ** 2
+        drawn = draw_update(words, scale, rng)
+        energies = singular_values(drawn) ** 2
         total = float(energies.sum())
         if total == 0:
             continue
         seen.setdefault("stable_rank", []).append(total / float(energies[0]))
         for k in TOP_ENERGIES:
             seen.setdefault(f"top{k}_energy", []).append(float(energies[:k].sum()) / total)
-        passed = delta_pass(blocks, width, source)
+        passed = delta_pass(drawn)
         for k, ratio in zip(ranks, settings.ratios, strict=True):
             joint, long, short = projections(passed, total, k)
             left, right = (long, short) if is_tall(words.shape) else (short, long)

@@ -6,6 +6,7 @@ numbers; undefined values are None. Column names and their meaning: METRICS.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -78,7 +79,8 @@ def measure(
     before = prepare(raw_source, pair.source_dtype, settings.compare)
     after = prepare(raw_trained, pair.trained_dtype, settings.compare)
     tau = round_threshold(settings.threshold, settings.compare, _finer(pair))
-    coordinates = measure_coordinates(
+    coordinates_of, columns_of = _backend(settings)
+    coordinates = coordinates_of(
         before, after, threshold=tau, stored=(raw_source, raw_trained), ratios=mask_shares(settings)
     )
     result = Measured(_identity(pair))
@@ -99,8 +101,7 @@ def measure(
         return result
     shape = (pair.shape[0], pair.shape[1])
     left, right = before.reshape(shape), after.reshape(shape)
-    columns = FastColumns if settings.spectrum == "fast" else SpectralColumns
-    spectral = columns(left, right, coordinates, tau, nulls, settings, _low_rank(pair, trained, settings))
+    spectral = columns_of(left, right, coordinates, tau, nulls, settings, _low_rank(pair, trained, settings))
     if cache is not None and settings.spectrum == "exact":
         assert result.source_hash is not None
         spectral.source = cache.get(result.source_hash, shape, spectral.k, settings.compare, spectral.factorise_source)
@@ -111,6 +112,15 @@ def measure(
     if master is not None:
         row |= spectral.master_columns(_master_values(pair, master))
     return result
+
+
+def _backend(settings: Settings) -> tuple[Callable[..., Coordinates], type[SpectralColumns]]:
+    """The coordinate pass and the spectral columns, on the processor or on a device (only then is torch imported)."""
+    if settings.device != "cpu":
+        from deltalens.accelerator import backend
+
+        return backend(settings.device)
+    return measure_coordinates, FastColumns if settings.spectrum == "fast" else SpectralColumns
 
 
 def _low_rank(pair: TensorPair, trained: Checkpoint, settings: Settings) -> tuple[np.ndarray, np.ndarray] | None:

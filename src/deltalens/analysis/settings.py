@@ -29,6 +29,7 @@ class Settings:
             `…_rank64_50pct`.
         null_draws: simulated rounding-null draws a matrix for what has no closed form; 0 for none.
         seed: of the draws and the bootstrap.
+        device: `cpu`, or a torch device such as `cuda` that has float64; not with `fast`.
 
     Raises:
         ValueError: a value is out of range.
@@ -42,6 +43,7 @@ class Settings:
     mask_share: float = 0.5
     null_draws: int = 0
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < float("inf"):
@@ -50,6 +52,8 @@ class Settings:
             raise ValueError(f"compare dtype {self.compare_dtype!r}: choose one of {', '.join(COMPARE_DTYPES)}")
         if self.spectrum not in ("exact", "fast", "none"):
             raise ValueError(f"spectrum {self.spectrum!r}: choose exact, fast or none")
+        if self.device != "cpu" and self.spectrum == "fast":
+            raise ValueError(f"spectrum fast is for the processor: choose exact with device {self.device!r}")
         for ratio in (*self.ratios, self.mask_share):
             if not 0 < ratio < 1:
                 raise ValueError(f"a ratio lies between 0 and 1, not {ratio}")

@@ -42,6 +42,7 @@ class SpectralColumns:
 
     mode = "exact"
     mask_sums = staticmethod(principal_mask_sums)
+    sines = staticmethod(principal_sines)
 
     def __init__(
         self,
@@ -76,6 +77,12 @@ class SpectralColumns:
     def _factorise(self, values: np.ndarray) -> Factorisation:
         return factorise(partial(value_blocks, values), self.length, self.width, self.k)
 
+    def _delta_pass(self, after: np.ndarray) -> DeltaPass:
+        return delta_pass(partial(delta_blocks, self.before, after), self.width, self.source)
+
+    def _delta_values(self, after: np.ndarray) -> np.ndarray:
+        return singular_values(partial(delta_blocks, self.before, after), self.length, self.width)
+
     def columns(self) -> dict[str, Any]:
         row: dict[str, Any] = {"spectrum_mode": self.mode}
         row |= self._delta_columns()
@@ -85,14 +92,13 @@ class SpectralColumns:
 
     def _delta_columns(self) -> dict[str, Any]:
         """Spectrum of Δ and its projections, from one pass over Δ (a second where the Gram matrix is not enough)."""
-        blocks = partial(delta_blocks, self.before, self.after)
-        passed = delta_pass(blocks, self.width, self.source)
+        passed = self._delta_pass(self.after)
         if self.c.delta_energy == 0:
             values = np.zeros(self.width)
         elif self.low_rank is not None:
             values = product_singular_values(*self.low_rank)
         else:
-            values = singular_values(blocks, self.length, self.width)
+            values = self._delta_values(self.after)
         self.spectra["delta"] = values
         return {**spectrum_metrics(values), **self._chance_columns(), **self._projection_columns(passed)}
 
@@ -131,15 +137,15 @@ class SpectralColumns:
         null = self.nulls[1]
         if not self.settings.null_draws or null is None or self.before.dtype != np.uint16:
             return {}
-        return simulated_null(self.before, null.scale, self.source, self.ranks, self.settings)
+        return simulated_null(self.before, null.scale, self._delta_values, self._delta_pass, self.ranks, self.settings)
 
     def _rotation_columns(self) -> dict[str, Any]:
         trained = self._factorise(self.after)
         self.spectra["source"], self.spectra["trained"] = self.source.values, trained.values
         row: dict[str, Any] = {"spectral_shift": spectral_shift(self.source.values, trained.values)}
         defined = self.c.source_energy > 0
-        long = principal_sines(self.source.long, trained.long, self.ranks)
-        short = principal_sines(self.source.short, trained.short, self.ranks)
+        long = self.sines(self.source.long, trained.long, self.ranks)
+        short = self.sines(self.source.short, trained.short, self.ranks)
         left, right = (long, short) if is_tall(self.before.shape) else (short, long)
         for i, ratio in enumerate(self.settings.ratios):
             row[f"rotation_{ratio_suffix(ratio)}"] = left[i] if defined else None

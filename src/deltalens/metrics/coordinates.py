@@ -7,9 +7,9 @@ bins in which a wanted quantile falls are looked at again. Definitions: METRICS.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -31,6 +31,8 @@ __all__ = [
     "TOP_SHARES",
     "Coordinates",
     "count_same_bits",
+    "from_floats",
+    "from_words",
     "low_magnitude_coverage",
     "measure_coordinates",
 ]
@@ -96,12 +98,13 @@ def measure_coordinates(
     if stored is not None and not all(map(np.may_share_memory, (source, trained), stored)):
         same_bits = count_same_bits(*stored, size=source.size)  # one side at least is a cast; views are the bytes
     if source.dtype == np.uint16:
-        return _measure_words(source, trained, threshold, same_bits)
+        return from_words(source.size, threshold, same_bits, partial(_count_words, source, trained))
     if same_bits is None:
         same_bits = count_same_bits(source.view(np.uint8), trained.view(np.uint8), size=source.size)
     if source.dtype != trained.dtype:
         source, trained = source.astype(np.float64, copy=False), trained.astype(np.float64, copy=False)
-    return _measure_floats(source, trained, threshold, same_bits, ratios)
+    passes = partial(count_floats, source, trained), partial(gather_edges, source, trained)
+    return from_floats(source.size, source.dtype, threshold, same_bits, ratios, *passes)
 
 
 def low_magnitude_coverage(coordinates: Coordinates, ratio: float) -> tuple[float | None, float | None]:
@@ -152,14 +155,18 @@ def _squares() -> np.ndarray:
     return word_values(np.arange(NONFINITE + 1)).astype(np.float64) ** 2
 
 
-def _measure_words(source: np.ndarray, trained: np.ndarray, threshold: float, same_bits: int | None) -> Coordinates:
-    size = source.size
+def _count_words(source: np.ndarray, trained: np.ndarray, threshold: int, *tables: np.ndarray) -> int:
+    chunks = [slice(start, start + _FLUSH) for start in range(0, source.size, _FLUSH)]
+    return sum(count_words(source[chunk], trained[chunk], threshold, *tables) for chunk in chunks)
+
+
+def from_words(size: int, threshold: float, same_bits: int | None, count: Callable[..., int]) -> Coordinates:
+    """Coordinates of bf16 sides from one pass: `count` is `count_words` (or its twin on a device) bound to both sides.
+
+    Without `same_bits` the words are the stored ones.
+    """
     total, changed, delta = np.zeros(BINS, np.int64), np.zeros(2 * BINS, np.int64), np.zeros(BINS, np.int64)
-    nonfinite = 0
-    for start in range(0, size, _FLUSH):
-        chunk = slice(start, start + _FLUSH)
-        nonfinite += count_words(source[chunk], trained[chunk], _word(threshold), total, changed, delta)
-    nonfinite += int(total[NONFINITE:].sum())
+    nonfinite = count(_word(threshold), total, changed, delta) + int(total[NONFINITE:].sum())
     if same_bits is None:
         same_bits = size - int(delta.sum())
     if nonfinite:
@@ -201,15 +208,23 @@ def _word(threshold: float) -> int:
 # --- float32, float64: histograms of the upper bits, and a second look at the bins where a quantile falls -------------
 
 
-def _measure_floats(
-    source: np.ndarray, trained: np.ndarray, threshold: float, same_bits: int, ratios: Sequence[float]
+def from_floats(
+    size: int,
+    dtype: np.dtype,
+    threshold: float,
+    same_bits: int,
+    ratios: Sequence[float],
+    count: Callable[..., None],
+    gather: Callable[..., None],
 ) -> Coordinates:
-    size, dtype = source.size, source.dtype
+    """Coordinates of float32 or float64 sides: `count` and `gather` are `count_floats` and `gather_edges` (or their
+    twins on a device) bound to both sides.
+    """
     stored = "F64" if dtype == np.float64 else "F32"
     table = [round_threshold(tau, "stored", stored) for tau in SPARSITY_THRESHOLDS.values()]
     counts, total, changed = np.zeros(8, np.int64), np.zeros(BINS, np.int64), np.zeros(4 * BINS, np.int64)
     energy = np.zeros(BINS + 1)
-    count_floats(source, trained, np.array([threshold, *table], dtype), counts, total, changed, energy)
+    count(np.array([threshold, *table], dtype), counts, total, changed, energy)
     if counts[7]:
         return Coordinates(size=size, nonfinite=int(counts[7]), unchanged_bits=same_bits, exact_bins=False)
 
@@ -228,7 +243,7 @@ def _measure_floats(
     weights, deltas = np.empty(int(total[want_w].sum()), dtype), np.empty(int(delta[want_d].sum()), dtype)
     flags = np.empty(weights.size, np.uint8)
     if weights.size or deltas.size:
-        gather_edges(source, trained, float(dtype.type(threshold)), want_w, want_d, weights, flags, deltas)
+        gather(float(dtype.type(threshold)), want_w, want_d, weights, flags, deltas)
     weight_bins, delta_bins = _bins(weights), _bins(deltas)
 
     top_energy = {}

@@ -19,7 +19,7 @@ from deltalens.metrics.blocks import block_slices, cut, is_tall
 from deltalens.metrics.spectrum import Factorisation
 from deltalens.metrics.values import ceil_share, delta_float64
 
-__all__ = ["MaskSpec", "MaskSums", "entry_codes", "principal_mask_sums"]
+__all__ = ["KEYS", "KEY_SHIFT", "Accumulator", "MaskSpec", "MaskSums", "entry_codes", "principal_mask_sums"]
 
 TIE_TOLERANCE = 1e-9  # of the largest |R|: entries this near to the threshold count as tied
 KEY_SHIFT = 47  # float64 bits → 11 exponent and 5 mantissa bits
@@ -74,7 +74,7 @@ def principal_mask_sums(
         for i, block in enumerate(blocks):
             largest[i] = max(largest[i], _histogram(block.reshape(-1), tables[i]))
     accumulators = [
-        _Accumulator(table, top, ceil_share(mask.share, prod(shape)), weights)
+        Accumulator(table, top, ceil_share(mask.share, prod(shape)), weights)
         for mask, table, top in zip(masks, tables, largest, strict=True)
     ]
     for part in slices:
@@ -106,7 +106,7 @@ def _reconstructions(
         yield total
 
 
-class _Accumulator:
+class Accumulator:
     """Second pass for one mask: adds what lies above the threshold's bin, keeps what lies near it."""
 
     def __init__(self, table: np.ndarray, largest: float, entries: int, weights: np.ndarray) -> None:
