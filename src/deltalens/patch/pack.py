@@ -28,6 +28,7 @@ Progress = Callable[[int, int, str], None]
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
 FOREIGN_INDEX = ".bin.index.json"
+AHEAD_BYTES = 64 << 20  # tensors encoded ahead of the one that is to be written next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,15 +144,21 @@ def _write(
 
 
 def _encode_all(before: Checkpoint, after: Checkpoint, fast: bool, jobs: int) -> Iterator[_Encoded]:
-    """Encoded tensors in order, a few ahead at most: memory holds one tensor a thread."""
+    """Encoded tensors in order. Frames that wait for a large tensor before them are held: of a bounded size."""
     entries = list(after.entries.values())
+    budget = max((entry.nbytes for entry in entries), default=0) + AHEAD_BYTES
     with ThreadPoolExecutor(jobs) as pool:
         ahead: list[Future[_Encoded]] = []
+        held = 0
+        first = 0
         try:
             for entry in entries:
-                ahead.append(pool.submit(_encode, before, after, entry, fast))
-                if len(ahead) > jobs:
+                while ahead and held + entry.nbytes > budget:
                     yield ahead.pop(0).result()
+                    held -= entries[first].nbytes
+                    first += 1
+                ahead.append(pool.submit(_encode, before, after, entry, fast))
+                held += entry.nbytes
             while ahead:
                 yield ahead.pop(0).result()
         except BaseException:
