@@ -95,7 +95,8 @@ def measure_all(
     # The largest first: the last tensors are then small, and no thread idles while another finishes a large one.
     waiting = sorted((i for i in range(len(pairs)) if i not in results), key=lambda i: -pairs[i].count)
     largest = max((pair.count for pair in pairs), default=0)
-    gate = _Gate(max(largest + SMALL_ELEMENTS, 2 * SMALL_ELEMENTS))
+    # A quarter beside the largest: else the other threads would wait while one is busy with an embedding.
+    gate = _Gate(largest + max(largest // 4, SMALL_ELEMENTS))
 
     own = threading.local()
 
