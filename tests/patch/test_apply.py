@@ -372,3 +372,14 @@ def test_in_place_refuses_new_tensors(tmp_path):
     pack(source, trained, tmp_path / "run.patch")
     with pytest.raises(PatchError, match="'new' is new or reshaped"):
         apply_in_place(weights(), tmp_path / "run.patch")
+
+
+def test_in_place_refuses_removed_tensors(tmp_path):
+    after = moved(weights())
+    del after["mask"]
+    source, trained = write_folder(tmp_path / "source", weights()), write_folder(tmp_path / "trained", after)
+    pack(source, trained, tmp_path / "run.patch")
+    state = weights()
+    with pytest.raises(PatchError, match="removes tensor 'mask'"):
+        apply_in_place(state, tmp_path / "run.patch")
+    assert bits(state) == bits(weights())

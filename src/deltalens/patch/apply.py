@@ -119,6 +119,8 @@ def apply_in_place(state_dict: MutableMapping[str, Any], patch: str | Path) -> i
         PatchError: the patch is damaged, adds, removes or reshapes tensors, or a tensor is not what it was made from.
     """
     with PatchFile(patch) as opened:
+        if opened.removed:
+            raise PatchError(f"{patch}: removes tensor {opened.removed[0]!r}; load the result of apply instead")
         wanted = [entry for entry in opened.tensors.values() if entry.codec != "unchanged"]
         for entry in wanted:
             if entry.source_hash is None or entry.name not in state_dict:
