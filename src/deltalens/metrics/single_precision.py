@@ -203,10 +203,11 @@ def _lower_bounds(factors: Factorisation, masks: Sequence[MaskSpec]) -> list[int
 
 
 def _cut_off(counts: np.ndarray, sums: np.ndarray, entries: int) -> MaskSums:
+    used = np.flatnonzero(counts)  # a few thousand of the bins
+    counts, sums = counts[used], sums[used]
     above = np.cumsum(counts[::-1])[::-1]
     key = int(np.flatnonzero(above >= entries)[-1])
-    surely = int(above[key + 1]) if key + 1 < KEYS else 0
-    share = (entries - surely) / int(counts[key])
+    share = (entries - int(above[key] - counts[key])) / int(counts[key])
     return MaskSums(entries, sums[key + 1 :].sum(axis=0) + share * sums[key])
 
 
