@@ -1,19 +1,37 @@
 """Draws coverage.svg, the README's picture: `python docs/draw_coverage.py`.
 
-The figures are those of two real runs of a 135M model (docs/metrics.md, "Rounding null"), in percent.
+The figures are those of two real runs of a 135M model, read from docs/results: core coverages of the 10 % masks
+(without the embedding), all updates that are not zero.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-# (mask, run, seen, rounding null), coverages of the 10 % masks without the embedding, |Δ| > 0
-ROWS = (
-    ("Smallest 10 % of the weights", "60 steps of on-policy distillation", 31.8, 31.6),
-    ("Smallest 10 % of the weights", "240 steps of supervised fine-tuning", 19.6, 19.5),
-    ("Principal 10 % of the weights", "60 steps of on-policy distillation", 4.7, 4.8),
-    ("Principal 10 % of the weights", "240 steps of supervised fine-tuning", 5.9, 6.0),
-)
+RESULTS = Path(__file__).with_name("results")
+RUNS = {
+    "smollm2-opd.json": "60 steps of on-policy distillation",
+    "smollm2-sft.json": "240 steps of supervised fine-tuning",
+}
+MASKS = {
+    "low_magnitude": "Smallest 10 % of the weights",
+    "principal": "Principal 10 % of the weights",
+}
+
+
+def _rows() -> list[tuple[str, str, float, float]]:
+    """(mask, run, seen, rounding null), in percent to one decimal."""
+    rows = []
+    for which, mask in MASKS.items():
+        for file, run in RUNS.items():
+            overall = json.loads((RESULTS / file).read_text())["global"]
+            coverage = overall[f"{which}_coverage_10pct_nonzero_core"]
+            rows.append((mask, run, round(100 * coverage["pooled"], 1), round(100 * coverage["null"], 1)))
+    return rows
+
+
+ROWS = _rows()
 CHANCE = 10.0
 LEFT, SCALE, BAR = 270, 13.0, 15
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from deltalens.metrics.values import delta_float64, to_float64
 
-__all__ = ["block_slices", "delta_blocks", "is_tall", "value_blocks"]
+__all__ = ["block_slices", "cut", "delta_blocks", "is_tall", "value_blocks"]
 
 BLOCK_ELEMENTS = 1 << 20  # 8 MB in float64: large enough for BLAS, small beside any tensor that needs blocks
 

@@ -21,6 +21,7 @@ from deltalens.metrics.lapack import leading_eigenvectors
 
 __all__ = [
     "TOP_ENERGIES",
+    "Blocks",
     "Factorisation",
     "factorise",
     "product_singular_values",
