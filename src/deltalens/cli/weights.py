@@ -1,0 +1,104 @@
+"""Commands that look at weights: analyze."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deltalens.cli.common import Quiet, Source, Trained, app, bar, numbers, print_analysis
+from deltalens.errors import DeltalensError
+
+__all__ = ["analyze"]
+
+
+@app.command()
+def analyze(
+    source: Source,
+    trained: Trained,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write tables, summary and report.html there.")
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="τ: an update is visible where |Δ| > τ.")] = 1e-5,
+    compare_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bf16 (default) casts both sides first; stored (default for LoRA) as saved; fp32 in float32."
+        ),
+    ] = None,
+    spectrum: Annotated[str, typer.Option(help="exact (float64), fast (randomised), none.")] = "exact",
+    ratios: Annotated[
+        str, typer.Option(help="Ratios of subspaces and masks; 10 % is always among them.")
+    ] = "0.01,0.05,0.1,0.2",
+    mask_rank: Annotated[
+        int | None, typer.Option(help="One more pair of masks of this rank; 64 with --mask-share 0.5 is [G]'s.")
+    ] = None,
+    mask_share: Annotated[float, typer.Option(help="Share of the entries that the masks of --mask-rank hold.")] = 0.5,
+    master: Annotated[
+        str | None, typer.Option(metavar="DIR", help="float32 weights of TRAINED before they were rounded.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the source's factorisations there for the next run.")
+    ] = None,
+    null_draws: Annotated[
+        int,
+        typer.Option(min=0, metavar="K", help="Simulated rounding-null draws a matrix (stable rank, projections)."),
+    ] = 0,
+    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only tensors that match.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave out tensors that match.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one a processor by default.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Take up an unfinished analysis in DIR, or start again.")
+    ] = True,
+    quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout, and nothing else.")] = False,
+) -> None:
+    """Measure what training did to a model's weights, and print it beside the paper's published runs.
+
+    Examples:
+
+      deltalens analyze base/ trained/ -o out/
+
+      deltalens analyze Qwen/Qwen3-1.7B-Base ./my-opd-run -o out/ --null-draws 3
+
+      deltalens analyze base/ trained/ --spectrum none --json | jq .global.sparsity
+    """
+    from deltalens.analysis import Settings
+    from deltalens.analysis import analyze as run
+
+    try:
+        settings = Settings(
+            threshold=threshold,
+            compare_dtype=compare_dtype,  # type: ignore[arg-type]  # checked by Settings
+            spectrum=spectrum,  # type: ignore[arg-type]
+            ratios=numbers(ratios),
+            mask_rank=mask_rank,
+            mask_share=mask_share,
+            null_draws=null_draws,
+            device=device,
+        )
+    except DeltalensError:
+        raise
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    with bar("analyzing", quiet or as_json) as progress:
+        result = run(
+            source,
+            trained,
+            output=output,
+            settings=settings,
+            include=include or (),
+            exclude=exclude or (),
+            master=master,
+            cache=cache,
+            jobs=jobs,
+            resume=resume,
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps(result.summary, allow_nan=False))
+    elif not quiet:
+        print_analysis(result, output)
