@@ -13,12 +13,14 @@ from deltalens._version import __version__
 if TYPE_CHECKING:
     from deltalens.analysis import AnalysisResult, Settings, analyze
     from deltalens.patch import apply, pack
+    from deltalens.subnetwork import SubnetworkMask
 
-__all__ = ["AnalysisResult", "Settings", "__version__", "analyze", "apply", "pack"]
+__all__ = ["AnalysisResult", "Settings", "SubnetworkMask", "__version__", "analyze", "apply", "pack"]
 
 _HOMES = {
     "AnalysisResult": "deltalens.analysis",
     "Settings": "deltalens.analysis",
+    "SubnetworkMask": "deltalens.subnetwork",
     "analyze": "deltalens.analysis",
     "apply": "deltalens.patch",
     "pack": "deltalens.patch",
