@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trl import DistillationConfig, DistillationTrainer
 
-
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
