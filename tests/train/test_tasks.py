@@ -62,7 +62,7 @@ def test_thousands_separator_is_part_of_a_number() -> None:
 
 
 def test_errors_name_what_there_is() -> None:
-    with pytest.raises(ConfigError, match=r"unknown task 'products'; there is: sums"):
+    with pytest.raises(ConfigError, match=r"unknown task 'products'; there is: easy-vqa, .*sums"):
         get_task("products")
     with pytest.raises(ConfigError, match="only 500 pairs are held out"):
         Sums().test(501)

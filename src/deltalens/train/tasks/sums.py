@@ -1,57 +1,15 @@
-"""Tasks: what a model is asked, what its teacher may see, and when a reply counts as right.
-
-Plain Python without torch, so that the command line can name the tasks without loading a model.
-"""
+"""Two-digit sums: the task of the demo, without a package or a file."""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
-from typing import Protocol
 
 from deltalens.errors import ConfigError
+from deltalens.train.tasks.base import Example, passes
 
-__all__ = ["TASKS", "Example", "Sums", "Task", "get_task"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """One question.
-
-    Attributes:
-        prompt: the user's message, all that the student sees.
-        context: what a privileged teacher sees directly after the prompt, leading space included.
-        answer: the right answer, for the scorer.
-    """
-
-    prompt: str
-    context: str
-    answer: str
-
-
-class Task(Protocol):
-    """What training and evaluation ask of a task."""
-
-    @property
-    def name(self) -> str:
-        """The task's name on the command line."""
-        ...
-
-    def train(self, count: int, seed: int = 0) -> list[Example]:
-        """`count` training examples, the same for the same seed."""
-        ...
-
-    def test(self, count: int) -> list[Example]:
-        """The first `count` held-out examples, the same in every run."""
-        ...
-
-    def score(self, reply: str, example: Example) -> bool:
-        """Whether a reply counts as right."""
-        ...
-
+__all__ = ["Sums"]
 
 # The split belongs to the task and not to the run: no seed of a run may move a pair from one side to the other,
 # or a model trained under one seed would be evaluated on its own training data under another.
@@ -80,12 +38,7 @@ class Sums:
         """`count` examples: every ordered training pair once in shuffled order, then all again."""
         pairs = self._pairs()[self.held_out :]
         ordered = sorted({order for a, b in pairs for order in ((a, b), (b, a))})
-        rng = random.Random(seed)
-        examples: list[Example] = []
-        while len(examples) < count:
-            rng.shuffle(ordered)
-            examples += [_sum(a, b) for a, b in islice(ordered, count - len(examples))]
-        return examples
+        return [_sum(a, b) for a, b in passes(ordered, count, seed)]
 
     def test(self, count: int) -> list[Example]:
         """The first `count` held-out pairs, each in one fixed order.
@@ -117,17 +70,3 @@ def _sum(a: int, b: int) -> Example:
         context=f" (The correct answer is {a + b}.)",
         answer=str(a + b),
     )
-
-
-TASKS: dict[str, Callable[[], Task]] = {"sums": Sums}
-
-
-def get_task(name: str) -> Task:
-    """The task of that name.
-
-    Raises:
-        ConfigError: there is none; the message lists those there are.
-    """
-    if name not in TASKS:
-        raise ConfigError(f"unknown task {name!r}; there is: {', '.join(sorted(TASKS))}")
-    return TASKS[name]()
