@@ -24,7 +24,7 @@ from deltalens.checkpoint.formats.peft import LoraSource
 from deltalens.checkpoint.pairing import Pairing, pair_checkpoints
 from deltalens.errors import CheckpointError, DeltalensError
 
-__all__ = ["analyze"]
+__all__ = ["analyze", "checkpoint_files", "writing"]
 
 SCHEMA = 1
 FAR = 0.2  # relative norm beyond which SOURCE is probably not what TRAINED was trained from
@@ -76,11 +76,11 @@ def analyze(
         pairing = pair_checkpoints(before, after, include=include, exclude=exclude)
         said = _check_master(full, after, pairing) if full is not None else []
         if cache is not None:
-            with _writing(cache, "--cache"):
+            with writing(cache, "--cache"):
                 Path(cache).mkdir(parents=True, exist_ok=True)
         journal = None
         if output is not None:
-            with _writing(output, "-o"):
+            with writing(output, "-o"):
                 journal = Journal(Path(output), _identity(before, after, full, pairing, settings), resume=resume)
         try:
             measured = measure_all(
@@ -101,14 +101,14 @@ def analyze(
         summary["warnings"] += said
         result = AnalysisResult.of(measured, summary, _manifest(before, after, measured, settings))
     if output is not None and journal is not None:
-        with _writing(output, "-o"):
+        with writing(output, "-o"):
             result.save(output)
         journal.remove()
     return result
 
 
 @contextmanager
-def _writing(folder: str | Path, option: str) -> Iterator[None]:
+def writing(folder: str | Path, option: str) -> Iterator[None]:
     """Turns the system's refusal to write into an error that says what to do."""
     try:
         yield
@@ -144,7 +144,8 @@ def _check_master(master: Checkpoint, trained: Checkpoint, pairing: Pairing) -> 
     return [f"{len(missing)} tensors are not in --master: {', '.join(missing[:5])}"] if missing else []
 
 
-def _files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def checkpoint_files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Path, size and modification time of each file, for manifests and to tell a journal whose rows it holds."""
     out = []
     for file in checkpoint.files:
         stat = file.stat()
@@ -155,7 +156,7 @@ def _files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 def _identity(
     source: Checkpoint, trained: Checkpoint, master: Checkpoint | None, pairing: Pairing, settings: Settings
 ) -> dict[str, Any]:
-    sides = [_files(side) for side in (source, trained, master) if side is not None]
+    sides = [checkpoint_files(side) for side in (source, trained, master) if side is not None]
     names = [pair.name for pair in pairing.pairs]
     return {"version": __version__, "files": sides, "tensors": names, "settings": settings.as_dict()}
 
@@ -214,8 +215,8 @@ def _manifest(
     hashes = {m.row["name"]: [m.source_hash, m.trained_hash] for m in measured if m.source_hash is not None}
     return {
         "schema": SCHEMA,
-        "source": {"path": source.path, "files": _files(source)},
-        "trained": {"path": trained.path, "files": _files(trained)},
+        "source": {"path": source.path, "files": checkpoint_files(source)},
+        "trained": {"path": trained.path, "files": checkpoint_files(trained)},
         "blake3": hashes,
         "settings": settings.as_dict(),
         "versions": {

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 from threadpoolctl import threadpool_limits
 
@@ -23,12 +24,28 @@ from deltalens.analysis.settings import Settings
 from deltalens.checkpoint.base import Checkpoint
 from deltalens.checkpoint.pairing import TensorPair
 
-__all__ = ["Progress", "default_jobs", "measure_all"]
+__all__ = ["Gate", "Item", "Progress", "default_jobs", "measure_all", "run_all"]
 
 SMALL_ELEMENTS = 8 << 20  # tensors up to this size may always be measured side by side
 
 Progress = Callable[[int, int, str], None]
 """Called with checkpoint bytes done, bytes in all (both sides), and the name of the tensor just finished."""
+
+
+class Item(Protocol):
+    """What `run_all` works on: a `TensorPair`, or one tensor of several runs."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+T = TypeVar("T", bound=Item)
 
 
 def default_jobs() -> int:
@@ -37,7 +54,7 @@ def default_jobs() -> int:
 
 
 @dataclass(slots=True)
-class _Gate:
+class Gate:
     """Lets tensors in while those inside hold no more elements than the largest tensor (or a few small ones)."""
 
     limit: int
@@ -84,43 +101,76 @@ def measure_all(
         CheckpointError: a tensor cannot be read.
         KeyboardInterrupt: passed on once the tensors under way have been written to the journal.
     """
+    largest = max((pair.count for pair in pairs), default=0)
+
+    def work(pair: TensorPair, buffers: Buffers) -> Measured:
+        return measure(pair, source, trained, settings, master, buffers, cache)
+
+    return run_all(
+        pairs,
+        work,
+        # A quarter beside the largest: else the other threads would wait while one is busy with an embedding.
+        gate=Gate(largest + max(largest // 4, SMALL_ELEMENTS)),
+        # Two threads keep a device busy: one reads and hashes while the other's tensor is on it.
+        jobs=jobs or (default_jobs() if settings.device == "cpu" else 2),
+        journal=journal,
+        progress=progress,
+    )
+
+
+def run_all(
+    items: Sequence[T],
+    work: Callable[[T, Buffers], Measured],
+    *,
+    gate: Gate,
+    jobs: int | None = None,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
+) -> list[Measured]:
+    """`work` over every item, the largest first; results in the items' order.
+
+    Args:
+        items: with distinct names.
+        work: one item and the calling thread's buffers in, its row out; called from several threads.
+        gate: bounds the elements that are worked on at once.
+        jobs, journal, progress: as `measure_all` has them.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+        KeyboardInterrupt: passed on once the tensors under way have been written to the journal.
+    """
     results: dict[int, Measured] = {}
-    total = sum(pair.nbytes for pair in pairs)
+    total = sum(item.nbytes for item in items)
     if journal is not None:
         by_name = journal.finished()
-        results = {i: by_name[pair.name] for i, pair in enumerate(pairs) if pair.name in by_name}
-    done = sum(pairs[i].nbytes for i in results)
+        results = {i: by_name[item.name] for i, item in enumerate(items) if item.name in by_name}
+    done = sum(items[i].nbytes for i in results)
     if progress is not None:
         progress(done, total, "")
     # The largest first: the last tensors are then small, and no thread idles while another finishes a large one.
-    waiting = sorted((i for i in range(len(pairs)) if i not in results), key=lambda i: -pairs[i].count)
-    largest = max((pair.count for pair in pairs), default=0)
-    # A quarter beside the largest: else the other threads would wait while one is busy with an embedding.
-    gate = _Gate(largest + max(largest // 4, SMALL_ELEMENTS))
+    waiting = sorted((i for i in range(len(items)) if i not in results), key=lambda i: -items[i].count)
 
     own = threading.local()
 
-    def work(index: int) -> tuple[int, Measured]:
-        with gate.hold(pairs[index].count):
+    def one(index: int) -> tuple[int, Measured]:
+        with gate.hold(items[index].count):
             if not hasattr(own, "buffers"):
                 own.buffers = Buffers()
-            return index, measure(pairs[index], source, trained, settings, master, own.buffers, cache)
+            return index, work(items[index], own.buffers)
 
-    # Two threads keep a device busy: one reads and hashes while the other's tensor is on it.
-    jobs = jobs or (default_jobs() if settings.device == "cpu" else 2)
-    with threadpool_limits(1), ThreadPoolExecutor(jobs) as pool:
-        running: set[Future[tuple[int, Measured]]] = {pool.submit(work, index) for index in waiting}
+    with threadpool_limits(1), ThreadPoolExecutor(jobs or default_jobs()) as pool:
+        running: set[Future[tuple[int, Measured]]] = {pool.submit(one, index) for index in waiting}
         try:
             while running:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     index, measured = future.result()
                     results[index] = measured
-                    done += pairs[index].nbytes
+                    done += items[index].nbytes
                     if journal is not None:
                         journal.add(measured)
                     if progress is not None:
-                        progress(done, total, pairs[index].name)
+                        progress(done, total, items[index].name)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             if journal is not None:
@@ -128,4 +178,4 @@ def measure_all(
                     if future.done() and not future.cancelled() and future.exception() is None:
                         journal.add(future.result()[1])
             raise
-    return [results[i] for i in range(len(pairs))]
+    return [results[i] for i in range(len(items))]
