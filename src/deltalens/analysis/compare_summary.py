@@ -1,0 +1,234 @@
+"""Tables of `compare` from its rows: every number pooled from counts and sums over tensors, never from averages.
+
+Pure: rows in (what `compare.measure_tensor` gives), plain dicts out. Names: METRICS.md, "Between runs".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+__all__ = ["pair_rows", "pooled_rows", "tensor_rows"]
+
+Row = dict[str, Any]
+Columns = dict[str, np.ndarray]
+
+BOOTSTRAP_DRAWS = 1000
+NOT_CORE = ("embedding", "lm_head")
+KINDS = ("", "_nonzero")
+SIDES = ("right", "left")
+# Means and ratios that carry a 95 % interval, by bootstrap over tensors.
+INTERVALS = (
+    "lift", "excess", "lift_nonzero", "excess_nonzero", "sign_agreement", "sign_agreement_nonzero",
+    "magnitude_correlation", "cosine", "sim16_right", "sim16_left", "sim16_right_excess", "sim16_left_excess",
+)  # fmt: skip
+
+
+def pooled_rows(rows: Sequence[Row], names: Sequence[str], seed: int) -> list[Row]:
+    """A row for each pair of runs and each of global, core, role, layer, module: the columns of pairs.parquet."""
+    groups = list(_groups(rows))
+    weights = [_weights(len(members), seed) for _, _, members in groups]
+    out = []
+    for at, (a, b) in enumerate(combinations(range(len(names)), 2)):
+        columns = _columns(rows, at, a, b)
+        draws = {side: _draw_means([row["pairs"][at].get(f"sim_{side}_draws") for row in rows]) for side in SIDES}
+        for (scope, key, members), resampled in zip(groups, weights, strict=True):
+            sums = {name: resampled @ values[members] for name, values in columns.items()}
+            row = {"a": names[a], "b": names[b], "scope": scope, "key": key, "tensors": len(members)}
+            values = _named(_statistics(sums))
+            for side in SIDES:
+                values[f"sim16_{side}_null_std"] = _spread(draws[side][members])
+            out.append(row | values)
+    return out
+
+
+def pair_rows(pooled: Sequence[Row]) -> list[Row]:
+    """The pairs of summary.json: the global row of each, the one without embedding and LM head under `core`."""
+    outside = ("a", "b", "scope", "key")
+    core = {(r["a"], r["b"]): {k: v for k, v in r.items() if k not in outside} for r in pooled if r["scope"] == "core"}
+    return [
+        {key: value for key, value in row.items() if key not in ("scope", "key")}
+        | {"core": core.get((row["a"], row["b"]))}
+        for row in pooled
+        if row["scope"] == "global"
+    ]
+
+
+def tensor_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """A row for each pair of runs and each tensor."""
+    out = []
+    for at, (a, b) in enumerate(combinations(range(len(names)), 2)):
+        columns = _columns(rows, at, a, b)
+        for i, row in enumerate(rows):
+            one = row["pairs"][at]
+            same = {name: row[name] for name in ("name", "layer", "role", "module", "shape", "parameters")}
+            values = _named(_statistics({name: column[i : i + 1] for name, column in columns.items()}))
+            for side in SIDES:
+                values[f"sim16_{side}_null_std"] = _spread(_draw_means([one.get(f"sim_{side}_draws")]))
+            energies = {"delta_energy": row["delta_energy"][a] + row["delta_energy"][b]}  # orders modules in plots
+            out.append({"a": names[a], "b": names[b], **same, **values, "sim16_rank": one.get("sim_rank"), **energies})
+    return out
+
+
+def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(scope, key, indices of rows); modules of a vision tower are kept apart from the language model's."""
+    yield "global", "all", np.arange(len(rows))
+    yield "core", "all", np.array([i for i, row in enumerate(rows) if row["role"] not in NOT_CORE], int)
+    found: dict[tuple[str, str], list[int]] = {}
+    for i, row in enumerate(rows):
+        found.setdefault(("role", row["role"]), []).append(i)
+        if row["layer"] is not None:
+            tower = "vision." if row["role"].startswith("vision") else ""
+            found.setdefault(("layer", f"{tower}{row['layer']}"), []).append(i)
+        tower = "vision." if row["role"].startswith("vision") else ""
+        found.setdefault(("module", tower + (row["module"] or row["name"])), []).append(i)
+    order = ("role", "layer", "module")
+    for (scope, key), members in sorted(found.items(), key=lambda item: order.index(item[0][0])):
+        yield scope, key, np.array(members)
+
+
+def _weights(size: int, seed: int) -> np.ndarray:
+    """How often each tensor counts: once in the first line, as resampled in the others (none of one tensor alone)."""
+    once = np.ones((1, size))
+    if size < 2:
+        return once
+    rng = np.random.default_rng(seed)
+    return np.concatenate([once, rng.multinomial(size, np.full(size, 1 / size), BOOTSTRAP_DRAWS)])
+
+
+def _columns(rows: Sequence[Row], at: int, a: int, b: int) -> Columns:
+    """What is summed, a value a tensor. `null_…` columns are zero for tensors whose null is undefined."""
+    pairs = [row["pairs"][at] for row in rows]
+    size = np.array([row["parameters"] for row in rows], float)
+    out: Columns = {"parameters": size}
+    for kind in KINDS:
+        counted = "visible" if kind == "" else "nonzero"
+        na, nb = (np.array([row[counted][run] for row in rows], float) for run in (a, b))
+        both = np.array([pair[counted] for pair in pairs], float)
+        expected = [pair["expected" + kind] for pair in pairs]
+        known = np.array([one is not None for one in expected], float)
+        out |= {
+            f"a{kind}": na,
+            f"b{kind}": nb,
+            f"both{kind}": both,
+            f"same{kind}": np.array([pair[f"{counted}_same"] for pair in pairs], float),
+            f"random{kind}": na * nb / size,
+            f"null{kind}": np.array([one or 0.0 for one in expected]),
+            f"null_a{kind}": known * na,
+            f"null_b{kind}": known * nb,
+            f"null_both{kind}": known * both,
+        }
+    out["energy_a"], out["energy_b"] = (np.array([row["delta_energy"][run] for row in rows]) for run in (a, b))
+    out["dot"] = np.array([pair["dot"] for pair in pairs])
+    for i, name in enumerate(("a1", "b1", "a2", "b2", "ab")):
+        out[name] = np.array([pair["moments"][i] for pair in pairs])
+    sizes = [[int(side) for side in row["shape"].split("x")] for row in rows]
+    for side in SIDES:
+        sims = [pair.get(f"sim_{side}") for pair in pairs]
+        ambient = [shape[-1] if side == "right" else shape[0] for shape in sizes]
+        random = [
+            0.0 if sim is None else min(pair["sim_rank"] / n, 1.0)
+            for sim, pair, n in zip(sims, pairs, ambient, strict=True)
+        ]
+        means = [float(np.mean(draws)) if (draws := pair.get(f"sim_{side}_draws")) else None for pair in pairs]
+        both_known = [sim is not None and mean is not None for sim, mean in zip(sims, means, strict=True)]
+        out |= {
+            f"{side}_matrices": np.array([sim is not None for sim in sims], float),
+            f"{side}_sim": np.array([sim or 0.0 for sim in sims]),
+            f"{side}_random": np.array(random),
+            f"{side}_null_matrices": np.array(both_known, float),
+            f"{side}_null": np.array([mean or 0.0 if k else 0.0 for mean, k in zip(means, both_known, strict=True)]),
+            f"{side}_null_sim": np.array([sim or 0.0 if k else 0.0 for sim, k in zip(sims, both_known, strict=True)]),
+        }
+    return out
+
+
+def _statistics(s: Columns) -> Columns:
+    """Every number of one pair from sums (any shape, the same for all); NaN where undefined."""
+    out: Columns = {"parameters": s["parameters"]}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for kind in KINDS:
+            a, b, both = s[f"a{kind}"], s[f"b{kind}"], s[f"both{kind}"]
+            random, null = s[f"random{kind}"], s[f"null{kind}"]
+            null_a, null_b = s[f"null_a{kind}"], s[f"null_b{kind}"]
+            out |= {
+                f"density_a{kind}": a / s["parameters"],
+                f"density_b{kind}": b / s["parameters"],
+                f"intersection{kind}": both,
+                f"union{kind}": a + b - both,
+                f"jaccard{kind}": both / (a + b - both),
+                f"jaccard{kind}_random": random / (a + b - random),
+                f"jaccard{kind}_null": null / (null_a + null_b - null),
+                f"a_in_b{kind}": both / a,
+                f"a_in_b{kind}_random": random / a,
+                f"a_in_b{kind}_null": null / null_a,
+                f"b_in_a{kind}": both / b,
+                f"b_in_a{kind}_random": random / b,
+                f"b_in_a{kind}_null": null / null_b,
+                f"lift{kind}": both / random,
+                f"excess{kind}": s[f"null_both{kind}"] / null,
+                f"sign_agreement{kind}": s[f"same{kind}"] / both,
+            }
+        count = s["both"]
+        spread_a, spread_b = s["a2"] - s["a1"] ** 2 / count, s["b2"] - s["b1"] ** 2 / count
+        defined = (count >= 2) & (spread_a > 1e-12 * s["a2"]) & (spread_b > 1e-12 * s["b2"])
+        correlation = (s["ab"] - s["a1"] * s["b1"] / count) / np.sqrt(np.where(defined, spread_a * spread_b, np.nan))
+        out["magnitude_correlation"] = np.clip(correlation, -1.0, 1.0)
+        out["cosine"] = s["dot"] / np.sqrt(s["energy_a"] * s["energy_b"])
+        for side in SIDES:
+            mean, null = s[f"{side}_sim"] / s[f"{side}_matrices"], s[f"{side}_null"] / s[f"{side}_null_matrices"]
+            out[f"sim16_{side}"] = mean
+            out[f"sim16_{side}_random"] = s[f"{side}_random"] / s[f"{side}_matrices"]
+            out[f"sim16_{side}_null"] = null
+            out[f"sim16_{side}_excess"] = s[f"{side}_null_sim"] / s[f"{side}_null"]
+    return out
+
+
+def _named(values: Columns) -> Row:
+    """The first line of each statistic under its public name, with the interval that the others give."""
+    out: Row = {}
+    for name, line in values.items():
+        value = _plain(line[0])
+        whole = name.startswith(("intersection", "union", "parameters"))
+        for public in _public(name):
+            out[public] = None if value is None else int(value) if whole else value
+        if name in INTERVALS:
+            rest = line[1:][np.isfinite(line[1:])]
+            low, high = np.quantile(rest, (0.025, 0.975)) if value is not None and rest.size > 1 else (None, None)
+            for public in _public(name):
+                out[f"{public}_low"], out[f"{public}_high"] = _plain(low), _plain(high)
+    out["sim16_random"] = out["sim16_right_random"]
+    return out
+
+
+def _public(name: str) -> tuple[str, ...]:
+    """The excess over the null is one number for both coverages: they share numerator and null."""
+    if name.startswith("excess"):
+        kind = name[len("excess") :]
+        return f"a_in_b{kind}_excess", f"b_in_a{kind}_excess"
+    return (name,)
+
+
+def _plain(value: Any) -> float | None:
+    return None if value is None or not np.isfinite(value) else float(value)
+
+
+def _draw_means(draws: Sequence[Sequence[float] | None]) -> np.ndarray:
+    """(tensors, draws) similarities of the simulated null, NaN where there is none."""
+    longest = max((len(one) for one in draws if one), default=0)
+    out = np.full((len(draws), longest), np.nan)
+    for i, one in enumerate(draws):
+        if one:
+            out[i, : len(one)] = one
+    return out
+
+
+def _spread(draws: np.ndarray) -> float | None:
+    """Standard deviation over draws of the mean over tensors."""
+    used = draws[~np.isnan(draws).any(axis=1)]
+    if used.shape[0] == 0 or used.shape[1] < 2:
+        return None
+    return float(used.mean(axis=0).std(ddof=1))
