@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from deltalens.cli import models, patches, weights  # noqa: F401  # their commands register themselves
+from deltalens.cli import models, patches, subnetwork, train, weights  # noqa: F401  # their commands register themselves
 from deltalens.cli.common import app
 from deltalens.errors import DeltalensError
 
