@@ -13,16 +13,29 @@ from deltalens._version import __version__
 if TYPE_CHECKING:
     from deltalens.analysis import AnalysisResult, Settings, analyze
     from deltalens.patch import apply, pack
-    from deltalens.subnetwork import SubnetworkMask
+    from deltalens.subnetwork import SubnetworkMask, intervene
+    from deltalens.train.callback import UpdateGeometryCallback
 
-__all__ = ["AnalysisResult", "Settings", "SubnetworkMask", "__version__", "analyze", "apply", "pack"]
+__all__ = [
+    "AnalysisResult",
+    "Settings",
+    "SubnetworkMask",
+    "UpdateGeometryCallback",
+    "__version__",
+    "analyze",
+    "apply",
+    "intervene",
+    "pack",
+]
 
 _HOMES = {
     "AnalysisResult": "deltalens.analysis",
     "Settings": "deltalens.analysis",
     "SubnetworkMask": "deltalens.subnetwork",
+    "UpdateGeometryCallback": "deltalens.train.callback",
     "analyze": "deltalens.analysis",
     "apply": "deltalens.patch",
+    "intervene": "deltalens.subnetwork",
     "pack": "deltalens.patch",
 }
 

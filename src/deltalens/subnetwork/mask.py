@@ -200,6 +200,15 @@ class SubnetworkMask:
         size = sum(prod(shape) for shape in self._shapes.values())
         return sum(self.count(name) for name in self._shapes) / max(1, size)
 
+    def by_role(self) -> dict[str, tuple[int, int, int]]:
+        """Role → number of tensors, of coordinates, and of coordinates in the subnetwork."""
+        out: dict[str, tuple[int, int, int]] = {}
+        for name, shape in self._shapes.items():
+            role = role_of(name)[0]
+            tensors, size, count = out.get(role, (0, 0, 0))
+            out[role] = (tensors + 1, size + prod(shape), count + self.count(name))
+        return out
+
     def restrict(self, roles: Collection[str] | None = None, layers: Collection[int] | None = None) -> SubnetworkMask:
         """The part in tensors of these roles (`ffn`; `vision` is every `vision.…`) and layers; the rest is emptied."""
         kept = {
