@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -21,7 +21,11 @@ from deltalens.report.tables import (
     published_table,
 )
 
-__all__ = ["render_html", "write_html"]
+if TYPE_CHECKING:
+    import jinja2
+    from markupsafe import Markup
+
+__all__ = ["page_assets", "render_html", "script_json", "template_environment", "write_html"]
 
 _MAX_ROWS = 2000  # tensors listed in full on the page; tensors.parquet has them all
 
@@ -32,17 +36,6 @@ def render_html(tensors: pl.DataFrame, spectra: pl.DataFrame | None, summary: Ma
     `tensors` has a row a tensor, `spectra` the columns name, which, index, value, `summary` is schema 1. Any column
     or key may be absent or null: what cannot be shown is left out. Everything from the checkpoints is escaped.
     """
-    import jinja2  # here, as plotly below: both are slow to import and a terminal report needs neither
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("deltalens.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     placement = place(summary)
     grid = plots.heatmap(tensors)
     curves = plots.spectra_curves(tensors, spectra)
@@ -52,30 +45,32 @@ def render_html(tensors: pl.DataFrame, spectra: pl.DataFrame | None, summary: Ma
         "energy": plots.energy_bars(summary),
     }
     data = {"figures": {key: figure for key, figure in figures.items() if figure}, "heatmap": grid, "spectra": curves}
-    assert environment.loader is not None
-    asset = environment.loader.get_source
-    return environment.get_template("report.html.j2").render(
-        css=Markup(asset(environment, "report.css")[0]),
-        script=Markup(asset(environment, "report.js")[0]),
-        plotly=Markup(get_plotlyjs()),
-        data=Markup(_script_json(data)),
-        charts=data,
-        sides=[_side(summary, "source"), _side(summary, "trained")],
-        overall=summary.get("global") or {},
-        settings={printable(key): printable(_setting(value)) for key, value in (summary.get("settings") or {}).items()},
-        version=printable(summary.get("deltalens", "")),
-        headline=headline(summary, tensors),
-        placement=placement,
-        metrics=[(key, entry["title"]) for key, entry in grid["metrics"].items()] if grid else [],
-        published=published_table(summary, placement),
-        coverage=coverage_table(summary.get("global") or {}),
-        roles=group_table(tensors, summary, "role"),
-        layers=group_table(tensors, summary, "layer"),
-        largest=largest_table(tensors),
-        everything=largest_table(tensors, _MAX_ROWS),
-        tensors=tensors.height,
-        warnings=[printable(warning) for warning in summary.get("warnings") or ()],
-        skipped=[(printable(e["tensor"]), printable(e["reason"])) for e in summary.get("skipped") or ()],
+    return (
+        template_environment()
+        .get_template("report.html.j2")
+        .render(
+            **page_assets(),
+            data=script_json(data),
+            charts=data,
+            sides=[_side(summary, "source"), _side(summary, "trained")],
+            overall=summary.get("global") or {},
+            settings={
+                printable(key): printable(_setting(value)) for key, value in (summary.get("settings") or {}).items()
+            },
+            version=printable(summary.get("deltalens", "")),
+            headline=headline(summary, tensors),
+            placement=placement,
+            metrics=[(key, entry["title"]) for key, entry in grid["metrics"].items()] if grid else [],
+            published=published_table(summary, placement),
+            coverage=coverage_table(summary.get("global") or {}),
+            roles=group_table(tensors, summary, "role"),
+            layers=group_table(tensors, summary, "layer"),
+            largest=largest_table(tensors),
+            everything=largest_table(tensors, _MAX_ROWS),
+            tensors=tensors.height,
+            warnings=[printable(warning) for warning in summary.get("warnings") or ()],
+            skipped=[(printable(e["tensor"]), printable(e["reason"])) for e in summary.get("skipped") or ()],
+        )
     )
 
 
@@ -86,10 +81,36 @@ def write_html(path: Path, tensors: pl.DataFrame, spectra: pl.DataFrame | None, 
         partial.write_text(page, encoding="utf-8")
 
 
-def _script_json(data: object) -> str:
+def template_environment() -> jinja2.Environment:
+    """The pages' templates: everything escaped, and an error for what a template names and is not given."""
+    import jinja2  # here, as plotly below: both are slow to import and a terminal report needs neither
+
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("deltalens.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def page_assets() -> dict[str, Markup]:
+    """`css`, `script` and `plotly` of a page, to be put in as they are."""
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    environment = template_environment()
+    assert environment.loader is not None
+    style, script = (environment.loader.get_source(environment, name)[0] for name in ("report.css", "report.js"))
+    return {"css": Markup(style), "script": Markup(script), "plotly": Markup(get_plotlyjs())}
+
+
+def script_json(data: object) -> Markup:
     """JSON that may stand inside a script element: no character of it can end the element or open a comment."""
+    from markupsafe import Markup
+
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 def _side(summary: Mapping[str, Any], side: str) -> dict[str, str]:

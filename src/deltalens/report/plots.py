@@ -6,7 +6,7 @@ Every string that comes from a checkpoint goes through `label`, since plotly rea
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from html import escape
 from typing import Any
@@ -23,6 +23,7 @@ __all__ = [
     "MAX_CURVES",
     "MAX_MODULES",
     "coverage_bars",
+    "diverging",
     "energy_bars",
     "gaussian_singular_values",
     "heatmap",
@@ -64,8 +65,13 @@ def label(text: object) -> str:
     return escape(printable(str(text)), quote=True)
 
 
-def heatmap(tensors: pl.DataFrame) -> dict[str, Any] | None:
-    """Layer × module: one plotly trace a metric; a cell is the mean over its tensors. None without tensors."""
+def heatmap(
+    tensors: pl.DataFrame, metrics: Sequence[tuple[str, str, bool, float | None]] = _HEATMAP_METRICS
+) -> dict[str, Any] | None:
+    """Layer × module: one plotly trace a metric; a cell is the mean over its tensors. None without tensors.
+
+    `metrics`: (column, label, whether it is a percentage, the centre of a diverging scale or None).
+    """
     if tensors.is_empty() or not {"layer", "module"} <= set(tensors.columns):
         return None
     rows = list(tensors.iter_rows(named=True))
@@ -82,7 +88,7 @@ def heatmap(tensors: pl.DataFrame) -> dict[str, Any] | None:
         {layer for _, layer in cells}, key=lambda layer: (layer == _OUTSIDE, int(layer) if layer != _OUTSIDE else 0)
     )
     traces = {}
-    for column, title, as_percent, centre in _HEATMAP_METRICS:
+    for column, title, as_percent, centre in metrics:
         if column not in tensors.columns:
             continue
         text = percent if as_percent else number
@@ -114,8 +120,7 @@ def heatmap(tensors: pl.DataFrame) -> dict[str, Any] | None:
             "ygap": 1,
         }
         if centre is not None:
-            spread = max((abs(v - centre) for line in values for v in line if v is not None), default=0.0)
-            trace |= {"colorscale": _DIVERGING, "zmin": centre - max(spread, 0.05), "zmax": centre + max(spread, 0.05)}
+            trace |= diverging(values, centre)
         traces[column] = {"title": title, "trace": trace}
     if not traces:
         return None
@@ -129,6 +134,12 @@ def heatmap(tensors: pl.DataFrame) -> dict[str, Any] | None:
             "yaxis": {"type": "category", "autorange": "reversed", "automargin": True, "showgrid": False},
         },
     }
+
+
+def diverging(values: Sequence[Sequence[float | None]], centre: float) -> dict[str, Any]:
+    """A colour scale with its middle at `centre`, wide enough for all values."""
+    spread = max((abs(v - centre) for line in values for v in line if v is not None), default=0.0)
+    return {"colorscale": _DIVERGING, "zmin": centre - max(spread, 0.05), "zmax": centre + max(spread, 0.05)}
 
 
 def coverage_bars(summary: Mapping[str, Any]) -> dict[str, Any] | None:

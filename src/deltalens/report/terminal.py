@@ -23,7 +23,7 @@ from deltalens.report.tables import (
     published_table,
 )
 
-__all__ = ["print_report"]
+__all__ = ["print_list", "print_report", "print_table"]
 
 _SHOWN = 5  # warnings and skipped tensors listed; the rest is counted
 _NARROW = 110  # columns of a terminal below which a table leaves its less needed columns out
@@ -51,29 +51,30 @@ def print_report(tensors: pl.DataFrame, summary: Mapping[str, Any], console: Con
     console.print(figures)
 
     narrow = console.width < _NARROW
-    _print_table(coverage_table(overall, ratios=("10",)), console, drop=("median",) if narrow else ())
-    _print_table(
+    print_table(coverage_table(overall, ratios=("10",)), console, drop=("median",) if narrow else ())
+    print_table(
         group_table(tensors, summary, "role"),
         console,
         drop=("tensors", "parameters", "top-16") if narrow else ("tensors",),
     )
-    _print_table(largest_table(tensors), console, drop=("Gaussian", "top-16") if narrow else ())
+    print_table(largest_table(tensors), console, drop=("Gaussian", "top-16") if narrow else ())
 
     placement = place(summary)
     table = published_table(summary, placement)
-    _print_table(table, console, drop=("low-mag. cov.", "princ. cov.") if narrow else ())
+    print_table(table, console, drop=("low-mag. cov.", "princ. cov.") if narrow else ())
     console.print(Text(placement.verdict, style="bold"))
     for line in (placement.why, *placement.caveats):
         if line:
             console.print(Text(line, style="dim"))
 
     warnings = [printable(warning) for warning in summary.get("warnings") or ()]
-    _print_list("Warnings", warnings, console, "yellow")
+    print_list("Warnings", warnings, console, "yellow")
     skipped = [printable(f"{entry['tensor']}: {entry['reason']}") for entry in summary.get("skipped") or ()]
-    _print_list("Skipped", skipped, console, "")
+    print_list("Skipped", skipped, console, "")
 
 
-def _print_table(table: Table, console: Console, *, drop: Sequence[str] = ()) -> None:
+def print_table(table: Table, console: Console, *, drop: Sequence[str] = ()) -> None:
+    """Print a table without the columns in `drop`; nothing where it has no rows."""
     if not table.rows:
         return
     kept = [at for at, column in enumerate(table.columns) if column not in drop]
@@ -96,7 +97,8 @@ def _print_table(table: Table, console: Console, *, drop: Sequence[str] = ()) ->
         console.print(Text(table.note, style="dim"))
 
 
-def _print_list(title: str, lines: Sequence[str], console: Console, style: str) -> None:
+def print_list(title: str, lines: Sequence[str], console: Console, style: str) -> None:
+    """Print a count and the first lines."""
     if not lines:
         return
     console.print()
