@@ -12,31 +12,41 @@ from deltalens._version import __version__
 
 if TYPE_CHECKING:
     from deltalens.analysis import AnalysisResult, Settings, analyze
+    from deltalens.analysis.compare import CompareResult, compare
+    from deltalens.analysis.trajectory import TrajectoryResult, trajectory
     from deltalens.patch import apply, pack
     from deltalens.subnetwork import SubnetworkMask, intervene
     from deltalens.train.callback import UpdateGeometryCallback
 
 __all__ = [
     "AnalysisResult",
+    "CompareResult",
     "Settings",
     "SubnetworkMask",
+    "TrajectoryResult",
     "UpdateGeometryCallback",
     "__version__",
     "analyze",
     "apply",
+    "compare",
     "intervene",
     "pack",
+    "trajectory",
 ]
 
 _HOMES = {
     "AnalysisResult": "deltalens.analysis",
+    "CompareResult": "deltalens.analysis.compare",
     "Settings": "deltalens.analysis",
     "SubnetworkMask": "deltalens.subnetwork",
+    "TrajectoryResult": "deltalens.analysis.trajectory",
     "UpdateGeometryCallback": "deltalens.train.callback",
     "analyze": "deltalens.analysis",
     "apply": "deltalens.patch",
+    "compare": "deltalens.analysis.compare",
     "intervene": "deltalens.subnetwork",
     "pack": "deltalens.patch",
+    "trajectory": "deltalens.analysis.trajectory",
 }
 
 

@@ -13,12 +13,21 @@ All are seeded and repeatable.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-__all__ = ["RankEstimate", "effective_rank_estimate", "leading_eigenpairs", "principal_subspace", "relative_residual"]
+__all__ = [
+    "GramOperator",
+    "RankEstimate",
+    "effective_rank_estimate",
+    "leading_eigenpairs",
+    "principal_subspace",
+    "relative_residual",
+]
 
 BLOCK = 24  # columns of block Lanczos
+ORTHONORMAL = 1e-4  # error of a basis' inner products beyond which it is made again
 DEPTH = 14  # applications of G; the basis has BLOCK · (DEPTH + 1) columns
 PROBES = 16  # of stochastic Lanczos quadrature
 STEPS = 28  # Lanczos steps a probe
@@ -37,27 +46,43 @@ class RankEstimate:
     error: float
 
 
-def leading_eigenpairs(gram: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k largest eigenvalues (descending, float64) and their vectors (d, k) of a symmetric (d, d) float32 matrix."""
+class GramOperator(Protocol):
+    """What stands for AᵀA: a (d, d) float32 array, or anything that applies it to a (d, b) float32 block."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __matmul__(self, block: np.ndarray, /) -> np.ndarray: ...
+
+
+def leading_eigenpairs(gram: GramOperator, k: int, seed: int, *, depth: int = DEPTH) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest eigenvalues (descending, float64) and their vectors (d, k) of a symmetric (d, d) float32 matrix.
+
+    `depth`: applications of the matrix to a block, which is what the time goes into.
+    """
     d = gram.shape[0]
     block = max(BLOCK, -(-k // 4))
-    if block * (DEPTH + 1) >= d:
-        values, vectors = np.linalg.eigh(gram.astype(np.float64))
+    if block * (depth + 1) >= d:
+        values, vectors = np.linalg.eigh((gram @ np.eye(d, dtype=np.float32)).astype(np.float64))
         return values[::-1][:k].copy(), vectors[:, ::-1][:, :k].copy()
     rng = np.random.default_rng(seed)
-    basis = np.empty((d, block * (DEPTH + 1)), np.float32)
+    basis = np.empty((d, block * (depth + 1)), np.float32)
     image = np.empty_like(basis)
     current = np.linalg.qr(rng.standard_normal((d, block), np.float32))[0]
-    for step in range(DEPTH + 1):
+    for step in range(depth + 1):
         here = slice(step * block, (step + 1) * block)
         basis[:, here] = current
         image[:, here] = gram @ current
-        if step < DEPTH:
+        if step < depth:
             held = basis[:, : here.stop]
             following = image[:, here] - held @ (held.T @ image[:, here])
             following = np.linalg.qr(following)[0]
             following -= held @ (held.T @ following)  # twice is enough
             current = np.linalg.qr(following)[0]
+    # A matrix of low rank leaves nothing but noise to follow with, which may lie in what is held already.
+    if np.abs(basis.T @ basis - np.eye(basis.shape[1], dtype=np.float32)).max() > ORTHONORMAL:
+        basis = np.linalg.qr(basis)[0]
+        image = gram @ basis
     return _rayleigh_ritz(basis, image, k)
 
 
