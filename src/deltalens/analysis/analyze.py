@@ -24,7 +24,7 @@ from deltalens.checkpoint.formats.peft import LoraSource
 from deltalens.checkpoint.pairing import Pairing, pair_checkpoints
 from deltalens.errors import CheckpointError, DeltalensError
 
-__all__ = ["analyze", "checkpoint_files", "writing"]
+__all__ = ["analyze", "checkpoint_files", "checkpoint_side", "run_warnings", "writing"]
 
 SCHEMA = 1
 FAR = 0.2  # relative norm beyond which SOURCE is probably not what TRAINED was trained from
@@ -168,16 +168,17 @@ def _summary(
     return {
         "schema": SCHEMA,
         "deltalens": __version__,
-        "source": _side(source),
-        "trained": _side(trained),
+        "source": checkpoint_side(source),
+        "trained": checkpoint_side(trained),
         "settings": settings.as_dict(),
         **summary_tables(rows, settings),
         "skipped": [{"tensor": s.tensor, "reason": s.reason} for s in pairing.skipped],
-        "warnings": [*pairing.warnings, *_warnings(pairing, rows, settings)],
+        "warnings": [*pairing.warnings, *run_warnings(pairing, rows, settings)],
     }
 
 
-def _side(checkpoint: Checkpoint) -> dict[str, Any]:
+def checkpoint_side(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What summary.json says of one side."""
     return {
         "path": checkpoint.path,
         "format": checkpoint.format,
@@ -187,7 +188,8 @@ def _side(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _warnings(pairing: Pairing, rows: Sequence[dict[str, Any]], settings: Settings) -> list[str]:
+def run_warnings(pairing: Pairing, rows: Sequence[dict[str, Any]], settings: Settings) -> list[str]:
+    """What the user must hear about the pairs compared and their rows."""
     out = []
     if settings.compare_dtype == "bf16":
         finer = {"F32", "F64", "F16"}

@@ -53,6 +53,7 @@ class FastColumns(SpectralColumns):
     """The spectral columns of one matrix in fast mode."""
 
     mode = "fast"
+    leading: np.ndarray | None = None  # leading vectors of Δ's shorter side where they were needed
     mask_sums = staticmethod(single_mask_sums)
 
     def factorise_source(self) -> Factorisation:
@@ -71,6 +72,11 @@ class FastColumns(SpectralColumns):
                 return Factorisation(long_vectors(blocks, short, values, self.length), values / scale, short)
         exact = factorise(partial(value_blocks, self.before), self.length, self.width, self.k)
         return Factorisation(exact.long.astype(np.float32), exact.values[: self.k], exact.short.astype(np.float32))
+
+    def share_source(self, other: SpectralColumns) -> None:
+        super().share_source(other)
+        assert isinstance(other, FastColumns)
+        self.residuals = other.residuals
 
     def _delta_columns(self) -> dict[str, Any]:
         scale = power_of_two_scale(self.c.delta_energy, self.c.size)
@@ -94,6 +100,7 @@ class FastColumns(SpectralColumns):
             return np.zeros(min(TOP, self.width)), None
         if self.low_rank is None and self.width > DIRECT_UP_TO:
             eigenvalues, vectors = leading_eigenpairs(gram, TOP, self.settings.seed)
+            self.leading = vectors
             rank = effective_rank_estimate(gram, eigenvalues, vectors, self.settings.seed)
             if rank.error < TOLERANCE * rank.value:
                 return np.sqrt(np.maximum(eigenvalues, 0)) / scale, rank

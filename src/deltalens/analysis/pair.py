@@ -24,7 +24,10 @@ from deltalens.metrics.coordinates import Coordinates, low_magnitude_coverage, m
 from deltalens.metrics.rounding_null import RoundingNull, expected_low_magnitude_coverage, fine_histogram, fit
 from deltalens.metrics.values import ceil_share, prepare, round_threshold
 
-__all__ = ["Buffers", "Measured", "measure"]
+__all__ = ["Buffers", "Measured", "SourceSide", "measure", "measure_against", "read_source"]
+
+Seen = Callable[[np.ndarray, np.ndarray, float, Coordinates, RoundingNull | None], None]
+"""Called with both prepared sides, the rounded τ, the counts, and the null of the visible updates."""
 
 
 @dataclass(slots=True)
@@ -51,6 +54,16 @@ class Buffers:
         return self._held[side]
 
 
+@dataclass(slots=True)
+class SourceSide:
+    """One tensor of SOURCE, read once; `factorised` holds what its factorisation gave, for the next checkpoint."""
+
+    raw: np.ndarray
+    values: np.ndarray
+    content_hash: str | None
+    factorised: SpectralColumns | None = None
+
+
 def measure(
     pair: TensorPair,
     source: Checkpoint,
@@ -74,26 +87,60 @@ def measure(
         CheckpointError: a tensor's bytes cannot be read.
     """
     buffers = buffers or Buffers()
-    raw_source = _read(source, pair.source_name, pair.source_start, pair, buffers, "source")
+    side = read_source(pair, source, settings, buffers)
+    return measure_against(side, pair, trained, settings, buffers, master=master, cache=cache)
+
+
+def read_source(pair: TensorPair, source: Checkpoint, settings: Settings, buffers: Buffers) -> SourceSide:
+    """SOURCE's side of a tensor; valid until `buffers` are read into again on that side.
+
+    Raises:
+        CheckpointError: the tensor's bytes cannot be read.
+    """
+    raw = _read(source, pair.source_name, pair.source_start, pair, buffers, "source")
+    content_hash = blake3(raw.data).hexdigest() if settings.spectrum != "none" else None
+    return SourceSide(raw, prepare(raw, pair.source_dtype, settings.compare), content_hash)
+
+
+def measure_against(
+    side: SourceSide,
+    pair: TensorPair,
+    trained: Checkpoint,
+    settings: Settings,
+    buffers: Buffers,
+    *,
+    master: Checkpoint | None = None,
+    cache: FactorisationCache | None = None,
+    columns_of: Callable[..., SpectralColumns] | None = None,
+    seen: Seen | None = None,
+) -> Measured:
+    """`measure` with SOURCE's side at hand; what is made of that side is left in it for the next checkpoint.
+
+    Args:
+        side: from `read_source`, for a pair with the same part of SOURCE.
+        columns_of: what makes the spectral columns, instead of what the settings say.
+        seen: called once the counts of a finite tensor are there.
+
+    The others, and what is raised, as in `measure`.
+    """
+    raw_source, before = side.raw, side.values
     raw_trained = _read(trained, pair.trained_name, pair.trained_start, pair, buffers, "trained")
-    before = prepare(raw_source, pair.source_dtype, settings.compare)
     after = prepare(raw_trained, pair.trained_dtype, settings.compare)
     tau = round_threshold(settings.threshold, settings.compare, _finer(pair))
-    coordinates_of, columns_of = _backend(settings)
+    coordinates_of, default_columns = _backend(settings)
     coordinates = coordinates_of(
         before, after, threshold=tau, stored=(raw_source, raw_trained), ratios=mask_shares(settings)
     )
     result = Measured(_identity(pair))
     if settings.spectrum != "none":
-        result.source_hash, result.trained_hash = (
-            blake3(raw_source.data).hexdigest(),
-            blake3(raw_trained.data).hexdigest(),
-        )
+        result.source_hash, result.trained_hash = side.content_hash, blake3(raw_trained.data).hexdigest()
     row = result.row
     row |= _coordinate_columns(coordinates, same_dtype=pair.source_dtype == pair.trained_dtype)
     if coordinates.nonfinite:
         return result
     nulls = _fit_nulls(pair, coordinates, tau, settings, raw_source)
+    if seen is not None:
+        seen(before, after, tau, coordinates, nulls[0])
     if not pair.is_matrix:
         return result
     row |= _low_magnitude_columns(coordinates, nulls, settings)
@@ -101,12 +148,16 @@ def measure(
         return result
     shape = (pair.shape[0], pair.shape[1])
     left, right = before.reshape(shape), after.reshape(shape)
-    spectral = columns_of(left, right, coordinates, tau, nulls, settings, _low_rank(pair, trained, settings))
-    if cache is not None and settings.spectrum == "exact":
+    make = columns_of or default_columns
+    spectral = make(left, right, coordinates, tau, nulls, settings, _low_rank(pair, trained, settings))
+    if side.factorised is not None:
+        spectral.share_source(side.factorised)
+    elif cache is not None and settings.spectrum == "exact":
         assert result.source_hash is not None
         spectral.source = cache.get(result.source_hash, shape, spectral.k, settings.compare, spectral.factorise_source)
     else:
         spectral.source = spectral.factorise_source()
+    side.factorised = spectral
     row |= spectral.columns()
     result.spectra = spectral.spectra
     if master is not None:

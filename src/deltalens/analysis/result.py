@@ -14,7 +14,7 @@ import polars as pl
 from deltalens.analysis.pair import Measured
 from deltalens.files import whole_file
 
-__all__ = ["AnalysisResult"]
+__all__ = ["AnalysisResult", "table_of"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -36,7 +36,7 @@ class AnalysisResult:
     @classmethod
     def of(cls, measured: Sequence[Measured], summary: dict[str, Any], manifest: dict[str, Any]) -> AnalysisResult:
         """Build the tables from measured rows, in their order."""
-        return cls(_table([m.row for m in measured]), _spectra_table(measured), summary, manifest)
+        return cls(table_of([m.row for m in measured]), _spectra_table(measured), summary, manifest)
 
     def save(self, folder: str | Path) -> Path:
         """Write tensors.parquet, spectra.parquet, summary.json, manifest.json and report.html; returns the folder."""
@@ -66,7 +66,7 @@ class AnalysisResult:
         return summary_repr(self.summary)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
+def table_of(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
     """Columns in the order in which they first appear; a column that a row lacks is null there."""
     names: dict[str, None] = {}
     for row in sorted(rows, key=len, reverse=True):  # the fullest row gives the order

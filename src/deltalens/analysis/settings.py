@@ -13,6 +13,7 @@ HEADLINE = 0.1
 KINDS = ("", "_nonzero")  # column suffixes: visible updates, and all that are not zero
 DEFAULT_RATIOS = (0.01, 0.05, HEADLINE, 0.2)
 Spectrum = Literal["exact", "fast", "none"]
+Permutation = Literal["sign", "exponent"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +29,9 @@ class Settings:
         mask_rank, mask_share: one more pair of masks, of rank k and share α ([G] uses 64 and 0.5), columns
             `…_rank64_50pct`.
         null_draws: simulated rounding-null draws a matrix for what has no closed form; 0 for none.
-        seed: of the draws and the bootstrap.
+        permutations: permuted copies of each update against which projections and rotations get a z-score; 0 for none.
+        permutation: `sign` flips signs in place, `exponent` moves updates among coordinates of one source exponent.
+        seed: of the draws, the permutations and the bootstrap.
         device: `cpu`, or a torch device such as `cuda` that has float64; not with `fast`.
 
     Raises:
@@ -42,6 +45,8 @@ class Settings:
     mask_rank: int | None = None
     mask_share: float = 0.5
     null_draws: int = 0
+    permutations: int = 0
+    permutation: Permutation = "sign"
     seed: int = 0
     device: str = "cpu"
 
@@ -57,6 +62,10 @@ class Settings:
         for ratio in (*self.ratios, self.mask_share):
             if not 0 < ratio < 1:
                 raise ValueError(f"a ratio lies between 0 and 1, not {ratio}")
+        if self.permutation not in ("sign", "exponent"):
+            raise ValueError(f"permutation {self.permutation!r}: choose sign or exponent")
+        if self.permutations < 0:
+            raise ValueError("permutations are not negative")
         if self.null_draws < 0 or (self.mask_rank is not None and self.mask_rank < 1):
             raise ValueError("null draws and the mask's rank are not negative")
         object.__setattr__(self, "ratios", tuple(sorted({*self.ratios, HEADLINE})))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from deltalens.analysis.null_draws import simulated_null
+from deltalens.analysis.null_draws import permutation_columns, simulated_null
 from deltalens.analysis.settings import KINDS, Settings, mask_shares, mask_suffix, ratio_suffix
 from deltalens.metrics import random_values
 from deltalens.metrics.alignment import DeltaPass, delta_pass, principal_sines, projections, spectral_shift
@@ -43,6 +43,7 @@ class SpectralColumns:
     mode = "exact"
     mask_sums = staticmethod(principal_mask_sums)
     sines = staticmethod(principal_sines)
+    stream: tuple[int, ...] = ()  # sets the draws of one checkpoint apart from another's
 
     def __init__(
         self,
@@ -74,6 +75,10 @@ class SpectralColumns:
     def factorise_source(self) -> Factorisation:
         return self._factorise(self.before)
 
+    def share_source(self, other: SpectralColumns) -> None:
+        """Take over what another checkpoint's columns made of the same source."""
+        self.source = other.source
+
     def _factorise(self, values: np.ndarray) -> Factorisation:
         return factorise(partial(value_blocks, values), self.length, self.width, self.k)
 
@@ -87,6 +92,10 @@ class SpectralColumns:
         row: dict[str, Any] = {"spectrum_mode": self.mode}
         row |= self._delta_columns()
         row |= self._rotation_columns()
+        if self.settings.permutations and self.c.delta_energy > 0:
+            row |= permutation_columns(
+                self.before, self.after, self.source, self.sines, self.c.delta_energy, self.ranks, self.settings, row
+            )
         row |= self._coverage_columns(self._codes, KINDS, self.nulls)
         return row
 
@@ -137,7 +146,9 @@ class SpectralColumns:
         null = self.nulls[1]
         if not self.settings.null_draws or null is None or self.before.dtype != np.uint16:
             return {}
-        return simulated_null(self.before, null.scale, self._delta_values, self._delta_pass, self.ranks, self.settings)
+        return simulated_null(
+            self.before, null.scale, self._delta_values, self._delta_pass, self.ranks, self.settings, self.stream
+        )
 
     def _rotation_columns(self) -> dict[str, Any]:
         trained = self._factorise(self.after)

@@ -12,7 +12,7 @@ import numpy as np
 
 from deltalens.analysis.settings import HEADLINE, Settings, ratio_suffix
 
-__all__ = ["summarise_rows", "summary_tables"]
+__all__ = ["grouped", "summarise_rows", "summary_tables"]
 
 Row = dict[str, Any]
 
@@ -31,16 +31,17 @@ def summary_tables(rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
     energy = _total(rows, "delta_energy")
     return {
         "global": summarise_rows(rows, settings, whole=True),
-        "by_role": _grouped(rows, lambda row: row["role"], settings, energy),
-        "by_layer": _grouped(
+        "by_role": grouped(rows, lambda row: row["role"], settings, energy),
+        "by_layer": grouped(
             [row for row in rows if row["layer"] is not None], lambda row: row["layer"], settings, energy
         ),
     }
 
 
-def _grouped(
+def grouped(
     rows: Iterable[Row], key: Callable[[Row], Any], settings: Settings, energy: float
 ) -> dict[str, dict[str, Any]]:
+    """Aggregates of each group of rows, with its share of `energy`, the whole ‖Δ‖²."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
@@ -91,10 +92,9 @@ def summarise_rows(rows: Sequence[Row], settings: Settings, *, whole: bool) -> d
         for name in PER_RATIO:
             column = f"{name}_{ratio_suffix(ratio)}"
             out[column] = _spread(finite, column)
-            if f"{column}_random" in (finite[0] if finite else {}) or "projection" in name:
-                for suffix in ("_random", "_null"):
-                    if any(row.get(column + suffix) is not None for row in finite):
-                        out[column][suffix[1:]] = _spread(finite, column + suffix)["median"]
+            for suffix in ("_random", "_null", "_permuted", "_z"):
+                if any(row.get(column + suffix) is not None for row in finite):
+                    out[column][suffix[1:]] = _spread(finite, column + suffix)["median"]
     out |= _coverages(finite, settings, whole)
     return out
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from deltalens.cli import models, patches, subnetwork, train, weights  # noqa: F401  # their commands register themselves
+# Their commands register themselves.
+from deltalens.cli import compare, models, patches, subnetwork, train, trajectory, weights  # noqa: F401
 from deltalens.cli.common import app
 from deltalens.errors import DeltalensError
 

@@ -46,6 +46,13 @@ def analyze(
         int,
         typer.Option(min=0, metavar="K", help="Simulated rounding-null draws a matrix (stable rank, projections)."),
     ] = 0,
+    permutations: Annotated[
+        int,
+        typer.Option(min=0, metavar="K", help="Permuted copies of each update: z-scores of projections, rotations."),
+    ] = 0,
+    permutation: Annotated[
+        str, typer.Option(help="sign flips signs in place; exponent moves updates among weights of one exponent.")
+    ] = "sign",
     include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only tensors that match.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave out tensors that match.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
@@ -64,6 +71,8 @@ def analyze(
 
       deltalens analyze Qwen/Qwen3-1.7B-Base ./my-opd-run -o out/ --null-draws 3
 
+      deltalens analyze base/ trained/ --permutations 20 --include '*.mlp.*'
+
       deltalens analyze base/ trained/ --spectrum none --json | jq .global.sparsity
     """
     from deltalens.analysis import Settings
@@ -78,6 +87,8 @@ def analyze(
             mask_rank=mask_rank,
             mask_share=mask_share,
             null_draws=null_draws,
+            permutations=permutations,
+            permutation=permutation,  # type: ignore[arg-type]
             device=device,
         )
     except DeltalensError:

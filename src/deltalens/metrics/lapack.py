@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numba.extending import get_cython_function_address
 
-__all__ = ["leading_eigenvectors"]
+__all__ = ["all_values_few_vectors", "leading_eigenvectors"]
 
 BLOCK = 64  # columns a blocked Householder step takes at most; sizes the workspaces
 
@@ -74,3 +74,29 @@ def leading_eigenvectors(matrix: np.ndarray, k: int) -> tuple[np.ndarray, np.nda
     top = vectors[n - k :].copy()
     _call("dormtr", b"L", b"L", b"N", n, k, matrix, n, reflectors, top, n, work, work.size)
     return diagonal[::-1].copy(), np.ascontiguousarray(top[::-1].T)
+
+
+def all_values_few_vectors(matrix: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `leading_eigenvectors`, at the price of the eigenvalues alone while k is a small part of n.
+
+    The tridiagonal matrix's k vectors come from MRRR (Dhillon & Parlett 2004) instead of all n by divide and conquer.
+    """
+    n = matrix.shape[0]
+    assert matrix.shape == (n, n)
+    assert matrix.dtype == np.float64
+    assert matrix.flags.c_contiguous
+    if n < 2:
+        return matrix.reshape(-1).copy(), np.ones((n, k))
+    diagonal, off, reflectors = np.empty(n), np.zeros(n), np.empty(n - 1)
+    work = np.empty(max(18 * n, k * BLOCK, n * BLOCK))
+    _call("dsytrd", b"L", n, matrix, n, diagonal, off, reflectors, work, work.size)
+    values = diagonal.copy()
+    _call("dsterf", n, values, off.copy())
+    top, found = np.empty((k, n)), np.empty(n)  # row i of `top` is column i for LAPACK, ascending
+    support, integers, unused = np.empty(2 * k, np.int32), np.empty(10 * n, np.int32), np.zeros(1)
+    counted, robust = np.zeros(1, np.int32), np.ones(1, np.int32)
+    _call("dstemr", b"V", b"I", n, diagonal, off, unused, unused, n - k + 1, n, counted, found, top, n, k, support,
+          robust, work, work.size, integers, integers.size)  # fmt: skip
+    assert counted[0] == k, (int(counted[0]), k)
+    _call("dormtr", b"L", b"L", b"N", n, k, matrix, n, reflectors, top, n, work, work.size)
+    return values[::-1].copy(), np.ascontiguousarray(top[::-1].T)

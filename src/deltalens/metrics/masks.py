@@ -19,7 +19,16 @@ from deltalens.metrics.blocks import block_slices, cut, is_tall
 from deltalens.metrics.spectrum import Factorisation
 from deltalens.metrics.values import ceil_share, delta_float64
 
-__all__ = ["KEYS", "KEY_SHIFT", "Accumulator", "MaskSpec", "MaskSums", "entry_codes", "principal_mask_sums"]
+__all__ = [
+    "KEYS",
+    "KEY_SHIFT",
+    "Accumulator",
+    "MaskSpec",
+    "MaskSums",
+    "PrincipalMembers",
+    "entry_codes",
+    "principal_mask_sums",
+]
 
 TIE_TOLERANCE = 1e-9  # of the largest |R|: entries this near to the threshold count as tied
 KEY_SHIFT = 47  # float64 bits → 11 exponent and 5 mantissa bits
@@ -63,6 +72,18 @@ def principal_mask_sums(
         masks: the masks, by ascending rank.
         codes: gives the integer codes of a part of the longer side, flat, in the matrix's own orientation.
     """
+    accumulators, _ = _accumulate(factors, shape, weights, masks, codes)
+    return [accumulator.result() for accumulator in accumulators]
+
+
+def _accumulate(
+    factors: Factorisation,
+    shape: tuple[int, int],
+    weights: np.ndarray,
+    masks: Sequence[MaskSpec],
+    codes: Callable[[slice], np.ndarray],
+) -> tuple[list[Accumulator], list[np.ndarray] | None]:
+    """Both passes; then R of every rank where it was small enough to be kept."""
     slices = list(block_slices(shape))
     tables = [np.zeros(KEYS, np.int64) for _ in masks]
     largest = [0.0] * len(masks)
@@ -82,7 +103,43 @@ def principal_mask_sums(
         again = held or _reconstructions(factors, shape, part, masks)
         for accumulator, block in zip(accumulators, again, strict=True):
             accumulator.add(block.reshape(-1), piece)
-    return [accumulator.result() for accumulator in accumulators]
+    return accumulators, held
+
+
+class PrincipalMembers:
+    """Which entries the principal masks of one source hold, kept for several updates of it.
+
+    A byte an entry with up to five masks: for each mask a digit to base 3, 0 outside, 1 inside, 2 tied.
+    """
+
+    def __init__(self, factors: Factorisation, shape: tuple[int, int], masks: Sequence[MaskSpec]) -> None:
+        def nothing(part: slice) -> np.ndarray:
+            return np.zeros((part.stop - part.start) * min(shape), np.int32)
+
+        accumulators, held = _accumulate(factors, shape, np.zeros((1, 1)), masks, nothing)
+        self.masks = tuple(masks)
+        self.entries = [accumulator.entries for accumulator in accumulators]
+        kind = np.uint8 if len(masks) <= 5 else np.uint32
+        states = np.arange(3 ** len(masks))
+        self.shares = np.zeros((states.size, len(masks)))  # of an entry of each state that counts as inside
+        edges = [accumulator.edges() for accumulator in accumulators]
+        for i, (_, _, share) in enumerate(edges):
+            self.shares[:, i] = np.array([0.0, 1.0, share])[states // 3**i % 3]
+        self.parts: list[tuple[slice, np.ndarray]] = []
+        for part in block_slices(shape):
+            state = np.zeros((part.stop - part.start) * min(shape), kind)
+            blocks = held or _reconstructions(factors, shape, part, masks)
+            for i, (block, (low, high, _)) in enumerate(zip(blocks, edges, strict=True)):
+                _mark(block.reshape(-1), low, high, kind(3**i), state)
+            self.parts.append((part, state))
+
+    def sums(self, weights: np.ndarray, codes: Callable[[slice], np.ndarray]) -> list[MaskSums]:
+        """As `principal_mask_sums`, without forming R again."""
+        by_state = np.zeros((self.shares.shape[0], weights.shape[1]))
+        for part, state in self.parts:
+            _add_by_state(state, codes(part), weights, by_state)
+        totals = self.shares.T @ by_state
+        return [MaskSums(entries, total) for entries, total in zip(self.entries, totals, strict=True)]
 
 
 def _reconstructions(
@@ -130,13 +187,21 @@ class Accumulator:
         self.near_values.append(values)
         self.near_codes.append(near)
 
+    def edges(self) -> tuple[float, float, float]:
+        """Entries above the second value are inside, those from the first on are tied; the share of these that fits."""
+        values = np.concatenate(self.near_values)
+        missing = self.entries - self.inside  # how many of the kept entries still fit
+        threshold = float(np.partition(values, values.size - missing)[values.size - missing])
+        low, high = threshold - self.tolerance, threshold + self.tolerance
+        above = values > high
+        tied = ~above & (values >= low)
+        return low, high, (missing - int(above.sum())) / int(tied.sum())
+
     def result(self) -> MaskSums:
         values, codes = np.concatenate(self.near_values), np.concatenate(self.near_codes)
-        missing = self.entries - self.inside  # how many of the kept entries still fit
-        threshold = np.partition(values, values.size - missing)[values.size - missing]
-        above = values > threshold + self.tolerance
-        tied = ~above & (values >= threshold - self.tolerance)
-        share = (missing - int(above.sum())) / int(tied.sum())
+        low, high, share = self.edges()
+        above = values > high
+        tied = ~above & (values >= low)
         added = self.weights[codes[above]].sum(axis=0) + share * self.weights[codes[tied]].sum(axis=0)
         return MaskSums(self.entries, self.sums + added)
 
@@ -211,3 +276,22 @@ def _classify(block, codes, low, high, weights, sums):  # type: ignore[no-untype
             near[kept] = codes[i]
             kept += 1
     return values[:kept].copy(), near[:kept].copy(), inside
+
+
+@numba.njit(nogil=True, cache=True)
+def _mark(block, low, high, digit, state):  # type: ignore[no-untyped-def]
+    for i in range(block.size):
+        magnitude = abs(block[i])
+        if magnitude > high:
+            state[i] += digit
+        elif magnitude >= low:
+            state[i] += digit + digit
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_by_state(state, codes, weights, sums):  # type: ignore[no-untyped-def]
+    for i in range(state.size):
+        held = state[i]
+        if held:
+            for c in range(sums.shape[1]):
+                sums[held, c] += weights[codes[i], c]

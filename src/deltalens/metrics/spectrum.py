@@ -17,13 +17,14 @@ from math import ceil
 
 import numpy as np
 
-from deltalens.metrics.lapack import leading_eigenvectors
+from deltalens.metrics.lapack import all_values_few_vectors, leading_eigenvectors
 
 __all__ = [
     "TOP_ENERGIES",
     "Blocks",
     "Factorisation",
     "factorise",
+    "factorise_update",
     "product_singular_values",
     "singular_values",
     "spectrum_metrics",
@@ -114,13 +115,30 @@ def factorise(blocks: Blocks, length: int, width: int, k: int) -> Factorisation:
     if eigenvalues[k - 1] < GRAM_VECTORS_DOWN_TO * eigenvalues[0]:
         _, values, transposed = np.linalg.svd(_reduced(blocks, width), full_matrices=False)
         short = np.ascontiguousarray(transposed[:k].T)
-    top = values[:k]
-    scale = np.divide(1.0, top, out=np.zeros_like(top), where=top > 1e-12 * max(values[0], 1e-300))
+    return Factorisation(_long_vectors(blocks, length, values[:k], short), values, short)
+
+
+def factorise_update(blocks: Blocks, length: int, width: int, k: int) -> Factorisation:
+    """`singular_values` of Δ and its top `k` singular vectors, for little more than the former; k is small beside d."""
+    eigenvalues, short = all_values_few_vectors(gram(blocks, width), k)
+    if eigenvalues[k - 1] < GRAM_VECTORS_DOWN_TO * eigenvalues[0]:
+        _, values, transposed = np.linalg.svd(_reduced(blocks, width), full_matrices=False)
+        short = np.ascontiguousarray(transposed[:k].T)
+    elif length > NEARLY_SQUARE * width and eigenvalues[-1] > GRAM_VALUES_DOWN_TO * eigenvalues[0]:
+        values = np.sqrt(np.maximum(eigenvalues, 0))
+    else:
+        values = np.linalg.svd(_reduced(blocks, width), compute_uv=False)
+    return Factorisation(_long_vectors(blocks, length, values[:k], short), values, short)
+
+
+def _long_vectors(blocks: Blocks, length: int, top: np.ndarray, short: np.ndarray) -> np.ndarray:
+    """The partners (length, k) of the singular vectors `short`; zero where there is none."""
+    scale = np.divide(1.0, top, out=np.zeros_like(top), where=top > 1e-12 * max(top[0], 1e-300))
     scaled = short * scale
-    long = np.empty((length, k))
+    long = np.empty((length, top.size))
     for part, block in blocks():
         np.matmul(block, scaled, out=long[part])
-    return Factorisation(long, values, short)
+    return long
 
 
 def spectrum_metrics(values: np.ndarray) -> dict[str, float | int | None]:
