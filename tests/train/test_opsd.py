@@ -1,40 +1,44 @@
 """The self-distillation trainer on a tiny random model, in float32 and in bfloat16."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from deltalens.errors import DeltalensError
-from deltalens.train.models import quiet_libraries
-from deltalens.train.opsd import OPSDConfig, _last_checkpoint, make_trainer, train_opsd
+from deltalens.train.config import OPSDRun
+from deltalens.train.models import load_model, load_tokenizer, quiet_libraries
+from deltalens.train.opsd import opsd_trainer
 from deltalens.train.tasks import Example, Sums
 
 EXACT = {"bf16": False, "teacher_dtype": "float32"}
 
 
-def config(**changes: object) -> OPSDConfig:
-    return OPSDConfig.model_validate(
-        {"steps": 4, "prompts_per_step": 4, "warmup_steps": 1, "learning_rate": 1e-3, "checkpoint_every": 2, **changes}
+def trainer_of(model: Path, folder: Path, examples: list[Example] | None = None, **changes: Any) -> Any:
+    run = OPSDRun.model_validate(
+        {"method": "opsd", "steps": 1, "prompts_per_step": 4, "warmup_steps": 0, "learning_rate": 1e-3, **changes}
     )
+    return opsd_trainer(run, load_model(model, "float32"), load_tokenizer(model), examples or Sums().train(4), folder)
 
 
-def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(
+    divergence: str, tiny_model: Path, tmp_path: Path
+) -> None:
     examples = [Example(prompt=e.prompt, context="", answer=e.answer) for e in Sums().train(4)]
-    for divergence in ("reverse_kl", "forward_kl", "jsd"):
-        settings = config(steps=1, divergence=divergence, **EXACT)
-        _, curve = train_opsd(tiny_model, examples, settings, checkpoints=tmp_path / divergence)
-        assert abs(curve[0]["loss"]) < 1e-6
-        assert curve[0]["grad_norm"] < 1e-4
+    with quiet_libraries():
+        trainer = trainer_of(tiny_model, tmp_path, examples, divergence=divergence, **EXACT)
+        trainer.train()
+    assert abs(trainer.state.log_history[0]["loss"]) < 1e-6
+    assert trainer.state.log_history[0]["grad_norm"] < 1e-4
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
 def test_the_loss_is_the_divergence_it_is_called(divergence: str, tiny_model: Path, tmp_path: Path) -> None:
     """Against a float64 twin on the logits of both models, mean over a reply's tokens, then over replies."""
-    settings = config(steps=1, divergence=divergence, **EXACT)
     seen = []
     with quiet_libraries():
-        trainer = make_trainer(tiny_model, Sums().train(4), settings, checkpoints=tmp_path)
+        trainer = trainer_of(tiny_model, tmp_path, divergence=divergence, **EXACT)
         inner = trainer._compute_teacher_student_logits
 
         def spy(*args: object, **kwargs: object) -> object:
@@ -65,61 +69,25 @@ def test_the_loss_is_the_divergence_it_is_called(divergence: str, tiny_model: Pa
 
 def test_sampling_is_sharpened_and_the_loss_is_not(tiny_model: Path, tmp_path: Path) -> None:
     with quiet_libraries():
-        trainer = make_trainer(tiny_model, Sums().train(4), config(rollout_temperature=0.25), checkpoints=tmp_path)
+        trainer = trainer_of(tiny_model, tmp_path, temperature=0.25)
     assert trainer.generation_config.temperature == 0.25
     assert trainer.temperature == 1.0
     assert next(trainer.model.parameters()).dtype == torch.float32
     assert next(trainer.teacher_model.parameters()).dtype == torch.bfloat16
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights_and_curve(tiny_model: Path, tmp_path: Path) -> None:
-    examples = Sums().train(24)
-    whole, curve = train_opsd(tiny_model, examples, config(steps=6), checkpoints=tmp_path / "whole")
-    assert len(curve) == 6
-    assert len({entry["loss"] for entry in curve}) == 6
-
-    def interrupt(step: int, _steps: int, _loss: float) -> None:
-        if step == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_opsd(tiny_model, examples, config(steps=6), checkpoints=tmp_path / "cut", on_step=interrupt)
-    # A kill while a checkpoint is written leaves one without its last file.
-    (tmp_path / "cut" / "checkpoint-5").mkdir()
-    steps: list[int] = []
-    resumed, again = train_opsd(
-        tiny_model,
-        examples,
-        config(steps=6),
-        checkpoints=tmp_path / "cut",
-        on_step=lambda step, *_: steps.append(step),
-    )
-    assert steps == [5, 6]
-    assert again == curve
-    weights = resumed.state_dict()
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, weights[name]), name
-
-
-def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
-    assert _last_checkpoint(tmp_path / "absent") is None
-    for step, text in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"glob'), (14, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if text is not None:
-            (folder / "trainer_state.json").write_text(text)
-    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
-
-
-def test_divergence_to_nan_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:
-    settings = config(steps=6, learning_rate=1e37, warmup_steps=0)
-    with pytest.raises(DeltalensError, match=r"diverged at step \d.*last good checkpoint.*lower the learning rate"):
-        train_opsd(tiny_model, Sums().train(24), settings, checkpoints=tmp_path)
-
-
-def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="learning_rat"):
-        config(learning_rat=1.0)
-    with pytest.raises(ValueError, match="divergence"):
-        config(divergence="hellinger")
+@pytest.mark.parametrize("teacher", ["base", "ema", "live"])
+def test_which_model_teaches(teacher: str, tiny_model: Path, tmp_path: Path) -> None:
+    """After three steps: the base is what it was, the live teacher is the student, the average lies between."""
+    with quiet_libraries():
+        trainer = trainer_of(
+            tiny_model, tmp_path, Sums().train(12), steps=3, teacher=teacher, ema_rate=0.5, learning_rate=1e-2, **EXACT
+        )
+        trainer.train()
+    start = load_model(tiny_model, "float32").state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    student, held = trainer.model.state_dict()[name], trainer.teacher_model.state_dict()[name]
+    moved, away = (student - start[name]).norm(), (held - start[name]).norm()
+    assert moved > 0
+    expected = {"base": away == 0, "live": torch.equal(held, student), "ema": 0 < away < moved}
+    assert expected[teacher]

@@ -12,8 +12,7 @@ from deltalens.train.arguments import trl_arguments
 from deltalens.train.config import GRPORun, LoRA, OPDRun, OPSDRun, Run, SeqKDRun, TeacherEndpoint
 from deltalens.train.contrasts import grpo_trainer, sft_trainer, teacher_replies
 from deltalens.train.data import rows
-from deltalens.train.models import load_model
-from deltalens.train.models import load_tokenizer as load_processor
+from deltalens.train.models import load_model, load_processor
 from deltalens.train.opsd import opsd_trainer
 from deltalens.train.progress import Stages
 from deltalens.train.tasks import Example, Task

@@ -19,8 +19,7 @@ from deltalens.train.config import GRPORun, Run, SeqKDRun
 from deltalens.train.data import data_hash, rows
 from deltalens.train.evaluate import generate
 from deltalens.train.guard import FastRollouts, Guarded
-from deltalens.train.models import load_model
-from deltalens.train.models import load_tokenizer as load_processor
+from deltalens.train.models import load_model, load_processor
 from deltalens.train.tasks import Example, Task
 
 __all__ = ["grpo_trainer", "sft_trainer", "teacher_replies"]
@@ -71,6 +70,7 @@ def teacher_replies(
             network,
             load_processor(teacher),
             [example.prompt for example in examples],
+            images=[example.images for example in examples] if any(e.images for e in examples) else None,
             temperature=run.temperature,
             max_new_tokens=run.max_new_tokens,
             seed=run.seed,

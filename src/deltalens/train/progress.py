@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -13,9 +14,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 __all__ = ["Stages"]
 
+_LINE_EVERY = 60.0  # seconds
+
 
 class Stages:
-    """A bar for each stage on a terminal; elsewhere (logs, CI) a line when a stage ends; nothing at all when quiet.
+    """A bar for each stage on a terminal; elsewhere (logs, CI) a line a minute and one when a stage ends; nothing at
+    all when quiet.
 
     >>> with Stages(quiet=True) as stages, stages.stage("training", total=2) as update:
     ...     update(1, "loss 0.3")
@@ -53,12 +57,15 @@ class Stages:
     def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int, str], None]]:
         """A stage of `total` units (None: of unknown length); gives a function to call with (units done, note)."""
         task = self._progress.add_task(name, total=total, note="")
-        last = ""
+        last, said = "", time.monotonic()
 
         def update(done: int, note: str) -> None:
-            nonlocal last
+            nonlocal last, said
             last = note
             self._progress.update(task, completed=done, note=note)
+            if not self._bars and time.monotonic() > said + _LINE_EVERY:
+                said = time.monotonic()
+                self.say(f"{name}: {done}{f' of {total}' if total else ''}{f' ({note})' if note else ''}")
 
         yield update
         self._progress.update(task, total=total or 1, completed=total or 1, note=last)

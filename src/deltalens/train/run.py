@@ -32,14 +32,16 @@ from deltalens.train.config import OPDRun, SeqKDRun
 from deltalens.train.data import data_hash
 from deltalens.train.embedded import embedded_model
 from deltalens.train.guard import last_checkpoint
-from deltalens.train.models import load_tokenizer as load_processor
-from deltalens.train.models import quiet_libraries, resolve_model
+from deltalens.train.models import load_processor, quiet_libraries, resolve_model
 from deltalens.train.progress import Stages
 from deltalens.train.save import save_weights
 from deltalens.train.tasks import get_task
 from deltalens.train.watch import OnStep, Stop, interruptible, log_rows, watcher, write_log
 
-__all__ = ["RunResult", "train"]
+__all__ = ["RunResult", "model_hash", "train"]
+
+# Where model and teachers lie does not matter, their hashes are compared; the others change nothing of the result.
+_FREE = {"model", "teacher", "teachers", "save_master", "checkpoint_every", "geometry_every", "report_to"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +146,8 @@ def _manifest(run: Any, source: Path, teachers: dict[str, str], data: str) -> di
         "schema": 1,
         "config": run.model_dump(mode="json", exclude={"output"}),
         "data_blake3": data,
-        "model_blake3": _weights_hash(source),
-        "teachers_blake3": {name: _weights_hash(Path(path)) for name, path in teachers.items()},
+        "model_blake3": model_hash(source),
+        "teachers_blake3": {name: model_hash(Path(path)) for name, path in teachers.items()},
         "versions": {
             "deltalens": __version__,
             "python": platform.python_version(),
@@ -154,10 +156,10 @@ def _manifest(run: Any, source: Path, teachers: dict[str, str], data: str) -> di
     }
 
 
-def _weights_hash(folder: Path) -> str:
-    """BLAKE3 over the names and bytes of a folder's weights, in order of name."""
+def model_hash(folder: Path) -> str:
+    """BLAKE3 over the names and bytes of the files that decide what a model does, in order of name."""
     hasher = blake3(max_threads=blake3.AUTO)
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(file for pattern in ("*.safetensors", "*.json", "*.jinja") for file in folder.glob(pattern)):
         hasher.update(file.name.encode())
         hasher.update_mmap(file)
     return hasher.hexdigest()
@@ -179,13 +181,14 @@ def _open(folder: Path, manifest: dict[str, Any], *, write: bool) -> bool:
         config = earlier["config"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{file}: cannot be read; use --fresh to start over, or another folder") from None
-    changed = [k for k in manifest["config"] if config.get(k) != manifest["config"][k]]
+    changed = [k for k in manifest["config"] if config.get(k) != manifest["config"][k] and k not in _FREE]
     changed += [k for k in ("data_blake3", "model_blake3", "teachers_blake3") if earlier.get(k) != manifest[k]]
     if changed:
         raise ConfigError(
             f"{folder}: holds a run with another {', '.join(changed)}; use --fresh to start over, or another folder"
         )
-    return bool(earlier.get("finished")) and (folder / "model" / "config.json").is_file()
+    asked = ["model"] + ["master"] * manifest["config"]["save_master"]
+    return bool(earlier.get("finished")) and all((folder / name / "config.json").is_file() for name in asked)
 
 
 def _write(folder: Path, manifest: dict[str, Any]) -> None:

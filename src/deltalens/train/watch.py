@@ -83,9 +83,12 @@ def watcher(
 
 
 def log_rows(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """One dict a step: `step`, `loss`, `grad_norm`, `learning_rate` and what the method logs, numbers only."""
+    """One dict a step: `step`, `loss`, `grad_norm`, `learning_rate` and what the method logs, numbers only.
+
+    Without `epoch`, which `max_steps` makes meaningless, and TRL's `num_tokens`, which a resumed run counts from 0.
+    """
     return [
-        {key: value for key, value in entry.items() if isinstance(value, (int, float)) and key != "epoch"}
+        {k: v for k, v in entry.items() if isinstance(v, (int, float)) and k not in ("epoch", "num_tokens")}
         for entry in history
         if "loss" in entry
     ]

@@ -1,0 +1,204 @@
+"""Training runs of every method on a tiny model: what they leave, that they learn, resume and stop."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from deltalens.errors import ConfigError, DeltalensError
+from deltalens.train.config import load_config
+from deltalens.train.contrasts import teacher_replies
+from deltalens.train.evaluate import evaluate
+from deltalens.train.guard import last_checkpoint
+from deltalens.train.run import train
+from deltalens.train.tasks import Sums
+
+TINY = {
+    "steps": 4, "prompts_per_step": 4, "warmup_steps": 1, "learning_rate": 1e-3, "checkpoint_every": 2, "bf16": False,
+}  # fmt: skip
+
+
+def config(method: str, model: Path, **changes: Any) -> Any:
+    extra: dict[str, Any] = {"grpo": {"samples_per_prompt": 2}, "seqkd": {"teacher": str(model)}}.get(method, {})
+    return load_config({"method": method, "model": str(model), **TINY, **extra, **changes})
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def sft(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "sft"
+    train(config("sft", tiny_model, save_master=True, snapshot_every=2), folder, quiet=True)
+    return folder
+
+
+def test_a_run_leaves_everything_it_promises(sft: Path, tiny_model: Path) -> None:
+    assert {path.name for path in sft.iterdir()} == {"manifest.json", "log.jsonl", "model", "master", "steps"}
+    manifest = json.loads((sft / "manifest.json").read_text())
+    assert manifest["finished"] is True
+    assert manifest["config"]["learning_rate"] == 1e-3
+    log = [json.loads(line) for line in (sft / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3, 4]
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in log)
+    master, model, source = weights(sft / "master"), weights(sft / "model"), weights(tiny_model)
+    assert master.keys() == model.keys() == source.keys(), "tied weights stay one tensor"
+    for name, tensor in master.items():
+        assert tensor.dtype == np.float32
+        assert (tensor.astype(ml_dtypes.bfloat16).view("uint16") == model[name].view("uint16")).all(), name
+    assert any((model[name] != source[name]).any() for name in model)
+    assert {path.name for path in (sft / "steps").iterdir()} == {"step-2", "step-4"}
+    last = weights(sft / "steps" / "step-4")
+    assert all((last[name].view("uint16") == model[name].view("uint16")).all() for name in model)
+    for folder in ("model", "master"):
+        dtype = json.loads((sft / folder / "config.json").read_text())["dtype"]
+        assert dtype == {"model": "bfloat16", "master": "float32"}[folder]
+    evaluate(sft / "model", Sums(), problems=2, max_new_tokens=2)
+
+
+def test_a_finished_run_is_not_repeated_and_another_is_refused(
+    sft: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("done already")
+
+    monkeypatch.setattr("deltalens.train.run.build_trainer", never)
+    again = train(config("sft", tiny_model, snapshot_every=2), sft, quiet=True)
+    assert [row["step"] for row in again.log] == [1, 2, 3, 4]
+    with pytest.raises(ConfigError, match="another learning_rate; use --fresh"):
+        train(config("sft", tiny_model, snapshot_every=2, learning_rate=1e-4), sft, quiet=True)
+    with pytest.raises(ConfigError, match="another seed, data_blake3"):
+        train(config("sft", tiny_model, snapshot_every=2, seed=1), sft, quiet=True)
+    other = tmp_path / "model"
+    shutil.copytree(tiny_model, other)
+    (other / "generation_config.json").write_text('{"eos_token_id": 1}')
+    with pytest.raises(ConfigError, match="another model_blake3"):
+        train(config("sft", other, snapshot_every=2), sft, quiet=True)
+
+
+@pytest.mark.parametrize("method", ["sft", "seqkd", "grpo", "opsd", "opd"])
+def test_every_method_learns_from_where_a_killed_run_stopped(method: str, tiny_model: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {}
+    if method == "opd":
+        teacher = tmp_path / "teacher"
+        train(config("sft", tiny_model, learning_rate=1e-2), teacher, quiet=True)
+        changes = {"teacher": str(teacher / "model")}
+    run = config(method, tiny_model, **changes)
+    whole = train(run, tmp_path / "whole", quiet=True)
+    assert len({row["loss"] for row in whole.log}) > 1 or method == "grpo"
+
+    def cut(step: int, _steps: int, _loss: float) -> None:
+        if step == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(run, tmp_path / "cut", quiet=True, on_step=cut)
+    # A kill while a checkpoint is written leaves one without its last file.
+    (tmp_path / "cut" / "checkpoints" / "checkpoint-3").mkdir()
+    steps: list[int] = []
+    resumed = train(run, tmp_path / "cut", quiet=True, on_step=lambda step, *_: steps.append(step))
+    assert steps == [3, 4]
+    timeless = [[{k: v for k, v in row.items() if "time" not in k and "per_s" not in k} for row in result.log]
+                for result in (whole, resumed)]  # fmt: skip
+    assert timeless[0] == timeless[1]
+    expected = weights(whole.model)
+    for name, tensor in weights(resumed.model).items():
+        assert (tensor.view("uint16") == expected[name].view("uint16")).all(), name
+
+
+def test_an_adapter_is_saved_and_merged(tiny_model: Path, tmp_path: Path) -> None:
+    run = config("sft", tiny_model, learning_rate=1e-2, lora={"r": 2, "alpha": 4, "target_modules": ["q_proj"]})
+    done = train(run, tmp_path / "run", quiet=True)
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    merged, source = weights(done.model), weights(tiny_model)
+    assert merged.keys() == source.keys()
+    name = "model.layers.0.self_attn.q_proj"
+    a, b = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    expected = source[f"{name}.weight"].astype(np.float32) + 2.0 * b.astype(np.float32) @ a.astype(np.float32)
+    np.testing.assert_allclose(merged[f"{name}.weight"].astype(np.float32), expected, rtol=1e-2, atol=1e-4)
+    assert np.abs(b).max() > 0
+    assert (merged["model.layers.0.self_attn.k_proj.weight"] == source["model.layers.0.self_attn.k_proj.weight"]).all()
+
+
+def test_teacher_replies_are_generated_once(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config("seqkd", tiny_model, temperature=0, max_new_tokens=3)
+    examples, cache = Sums().train(3), tmp_path / "replies.jsonl"
+    first = teacher_replies(run, tiny_model, examples, cache)
+    assert [e.prompt for e in first] == [e.prompt for e in examples]
+    generations = evaluate(tiny_model, _Fixed(examples), problems=3, max_new_tokens=3).generations
+    assert [e.answer for e in first] == [g.reply for g in generations]
+    monkeypatch.setattr("deltalens.train.contrasts.generate", None)
+    assert teacher_replies(run, tiny_model, examples, cache) == first
+    with pytest.raises(TypeError):  # other examples are generated anew
+        teacher_replies(run, tiny_model, examples[:2], cache)
+
+
+class _Fixed(Sums):
+    def __init__(self, examples: list[Any]) -> None:
+        object.__setattr__(self, "examples", examples)
+
+    def test(self, count: int) -> list[Any]:
+        return self.examples[:count]  # type: ignore[attr-defined]
+
+
+def test_a_loss_that_is_no_number_names_step_batch_and_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    run = config("sft", tiny_model, steps=6, learning_rate=1e37, warmup_steps=0)
+    with pytest.raises(DeltalensError, match=r"diverged at step \d.*batch of 4: .*Reply.*last good checkpoint") as stop:
+        train(run, tmp_path / "run", quiet=True)
+    assert "\n" not in str(stop.value)
+    run = config("opsd", tiny_model, steps=6, learning_rate=1e37, warmup_steps=0)
+    with pytest.raises(DeltalensError, match=r"diverged at step \d.*batch of 4: .*number only.*last good checkpoint"):
+        train(run, tmp_path / "opsd", quiet=True)
+
+
+def test_what_is_not_there_is_one_clear_line(tiny_model: Path, tmp_path: Path) -> None:
+    for changes, said in (
+        ({"task": "summs"}, "unknown task 'summs'"),
+        ({"model": str(tmp_path / "absent")}, "is not a model folder"),
+        ({"method": "opd", "teacher": str(tmp_path / "absent")}, "absent: is not a model folder"),
+    ):
+        run = load_config({"method": "sft", "model": str(tiny_model), **TINY, **changes})
+        with pytest.raises(ConfigError, match=said):
+            train(run, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_interrupted_it_saves_the_step_under_way(tiny_model: Path, tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom deltalens.train.config import load_config\n"
+        "from deltalens.train.run import train\n"
+        "def interrupt(step, *_):\n    if step == 1:\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "train(load_config(Path(sys.argv[1])), sys.argv[2], quiet=True, on_step=interrupt)\n"
+    )
+    file, folder = tmp_path / "run.yaml", tmp_path / "run"
+    file.write_text(json.dumps({"method": "sft", "model": str(tiny_model), **TINY, "checkpoint_every": 4}))
+    done = subprocess.run([sys.executable, "-c", script, str(file), str(folder)], capture_output=True, text=True)
+    assert "KeyboardInterrupt" in done.stderr
+    saved = last_checkpoint(folder / "checkpoints")
+    assert saved is not None
+    assert not (folder / "model").exists()
+
+
+def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path / "absent") is None
+    for step, text in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"glob'), (14, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if text is not None:
+            (folder / "trainer_state.json").write_text(text)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+
+
+def test_a_vision_tower_can_be_frozen(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no vision tower"):
+        train(config("sft", tiny_model, train_vision=False), tmp_path / "run", quiet=True)
