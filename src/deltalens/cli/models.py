@@ -1,4 +1,4 @@
-"""Commands that train and evaluate models: demo, eval."""
+"""Commands that make and evaluate models: demo, eval, small-vlm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from deltalens.cli.common import Quiet, app, bar, note, print_analysis
 
-__all__ = ["demo", "evaluate_model"]
+__all__ = ["demo", "evaluate_model", "small_vlm"]
 
 
 @app.command()
@@ -55,11 +55,17 @@ def demo(
 @app.command("eval")
 def evaluate_model(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or Hub id.")],
-    task: Annotated[str, typer.Option(help="The task; `sums` is two-digit sums.")] = "sums",
+    task: Annotated[
+        str,
+        typer.Option(help="`sums`, `easy-vqa`, `jsonl:PATH`, `math:HUB_ID` or `reasoning-gym:NAME` (docs/tasks.md)."),
+    ] = "sums",
     samples: Annotated[int, typer.Option(min=1, metavar="K", help="Replies a problem, for mean@k and pass@k.")] = 1,
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 300,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0 is greedy; by default 0 for one sample, 1 for more.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest reply; by default the task's own limit.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the generations there, a JSON a line.")
@@ -75,6 +81,10 @@ def evaluate_model(
       deltalens eval deltalens-demo/student --task sums
 
       deltalens eval ./my-model --task sums --samples 8 -o generations.jsonl
+
+      deltalens eval ./my-vlm --task easy-vqa --problems 1000
+
+      deltalens eval ./my-model --task reasoning-gym:chain_sum --max-new-tokens 256
     """
     from deltalens.train.evaluate import evaluate
 
@@ -85,6 +95,7 @@ def evaluate_model(
             samples=samples,
             problems=problems,
             temperature=temperature,
+            max_new_tokens=max_new_tokens,
             seed=seed,
             on_progress=lambda done, total: progress(done, total, ""),
         )
@@ -94,3 +105,43 @@ def evaluate_model(
         print(json.dumps(result.summary()))
     elif not quiet:
         note(f"mean@{samples} {result.mean_at_k}, pass@{samples} {result.pass_at_k}, {result.problems} problems")
+
+
+@app.command("small-vlm")
+def small_vlm(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The new model's folder.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the text model; by default SmolLM2-135M from PyPI.")
+    ] = None,
+    vision_layers: Annotated[int, typer.Option(min=1, help="Layers of the vision tower.")] = 4,
+    hidden: Annotated[int, typer.Option(min=8, help="Width of the vision tower.")] = 192,
+    image_size: Annotated[int, typer.Option(min=8, help="Side of the image that the model sees, in pixels.")] = 64,
+    patch: Annotated[int, typer.Option(min=1, help="Side of a patch, in pixels.")] = 8,
+    scale_factor: Annotated[int, typer.Option(min=1, help="Patches that become one token, along each side.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the vision tower's random weights.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Build an untrained image-text model: a small random vision tower before a language model's own weights.
+
+    Examples:
+
+      deltalens small-vlm -o vlm/
+
+      deltalens small-vlm -o vlm/ --model ./SmolLM2-135M-Instruct --scale-factor 4
+    """
+    from deltalens.train.embedded import embedded_model
+    from deltalens.train.models import resolve_model
+    from deltalens.train.small_vlm import build_small_vlm
+
+    build_small_vlm(
+        embedded_model() if model is None else resolve_model(model),
+        output,
+        vision_layers=vision_layers,
+        hidden=hidden,
+        image_size=image_size,
+        patch=patch,
+        scale_factor=scale_factor,
+        seed=seed,
+    )
+    if not quiet:
+        note(f"{output}: {(image_size // patch // scale_factor) ** 2} tokens an image; the vision tower is untrained")

@@ -1,10 +1,9 @@
-"""Loading a language model and its tokenizer, and saving them as a whole folder or not at all."""
+"""Loading a language or image-text model and its tokenizer or processor; saving them whole or not at all."""
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from deltalens.errors import ConfigError
+from deltalens.files import whole_folder
 
-__all__ = ["load_model", "load_tokenizer", "quiet_libraries", "resolve_model", "save_model", "whole_folder"]
+__all__ = [
+    "load_model",
+    "load_processor",
+    "load_tokenizer",
+    "quiet_libraries",
+    "resolve_model",
+    "save_model",
+    "sees_images",
+    "whole_folder",
+]
 
 _FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 
@@ -105,20 +114,66 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def sees_images(folder: Path) -> bool:
+    """Whether a model folder holds an image-text model, by its config."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        named = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.get("model_type"))
+        # Some types (gemma3) are read as either; the architecture says which one was saved.
+        return named is not None and named in (config.get("architectures") or [named])
+    except (OSError, ValueError, AttributeError):
+        return False  # what is wrong with the folder is said where it is loaded
+
+
+def load_processor(folder: Path) -> Any:
+    """What turns chats into a model's inputs: an image-text model's processor, else `load_tokenizer`'s tokenizer.
+
+    A processor's tokenizer pads on the left, and the processor has a chat template.
+
+    Raises:
+        ConfigError: there is none, it has no chat template, or it needs torchvision, which is not installed.
+    """
+    if not sees_images(folder):
+        return load_tokenizer(folder)
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, ImportError) and "torchvision" in str(error).lower():
+            raise ConfigError(
+                f"{folder}: its image processor needs torchvision, which is not installed; install the torchvision "
+                "that fits your torch, or use a model that does without (Idefics3, SmolVLM, LLaVA)"
+            ) from None
+        raise ConfigError(f"{folder}: its processor cannot be loaded ({_first_line(error)})") from None
+    if getattr(processor, "image_processor", None) is None:
+        raise ConfigError(f"{folder}: has no image processor (preprocessor_config.json or processor_config.json)")
+    tokenizer = processor.tokenizer
+    if processor.chat_template is None:
+        processor.chat_template = tokenizer.chat_template
+    if processor.chat_template is None:
+        raise ConfigError(f"{folder}: its processor has no chat template; use an instruction-tuned model")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
+
+
 def load_model(folder: Path, dtype: str) -> Any:
-    """The causal language model of a folder, with its weights cast to `dtype` ("float32", "bfloat16").
+    """The causal language model or image-text model of a folder, its weights cast to `dtype` ("float32", "bfloat16").
 
     Raises:
         ConfigError: it cannot be loaded.
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    kind: Any = AutoModelForImageTextToText if sees_images(folder) else AutoModelForCausalLM
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
-        )
+        return kind.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ConfigError(f"{folder}: its model cannot be loaded ({_first_line(error)})") from None
 
@@ -128,26 +183,9 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write model and tokenizer to a folder that appears whole or not at all, replacing an older one."""
+def save_model(model: Any, processor: Any, folder: Path) -> None:
+    """Write a model and its tokenizer or processor to a folder that appears whole or not at all, replacing an older
+    one."""
     with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, renamed to it when the block ends well and removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
-    try:
-        yield temporary
-        # mkdtemp makes the folder private and safetensors its files; outputs are ordinary folders and files.
-        temporary.chmod(0o755)
-        for file in temporary.iterdir():
-            file.chmod(0o644)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        processor.save_pretrained(temporary)

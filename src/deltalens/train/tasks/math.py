@@ -152,7 +152,9 @@ def same_value(reply: str, answer: str) -> bool:
     seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
     plain = "$" not in answer and "\\boxed" not in answer
     right = math_verify.parse(f"${answer}$" if plain else answer, parsing_timeout=seconds)
-    given = math_verify.parse(reply, parsing_timeout=seconds)
+    # Of several boxes math-verify takes all; a reply that corrects itself means the last.
+    box = reply.rfind("\\boxed")
+    given = math_verify.parse(reply if box < 0 else f"${reply[box:]}$", parsing_timeout=seconds)
     return bool(math_verify.verify(right, given, timeout_seconds=seconds))
 
 

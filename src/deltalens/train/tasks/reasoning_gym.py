@@ -62,7 +62,7 @@ class ReasoningGym:
         Raises:
             ConfigError: every question of the task is held out.
         """
-        held = {entry["question"] for entry in self._held_out}
+        held = {entry["question"] for entry in self._held_out(self.held_out)}
         start = random.Random(f"reasoning-gym {seed}").randrange(_TRAIN_SEEDS)
         # Four draws a question find `count` different ones unless the task is nearly exhausted.
         drawn = self._generator(4 * count, start)
@@ -85,7 +85,7 @@ class ReasoningGym:
         """
         if count > self.held_out:
             raise ConfigError(f"{self.name}: only {self.held_out} questions are held out, {count} were asked for")
-        return [self._example(entry) for entry in self._held_out[:count]]
+        return [self._example(entry) for entry in self._held_out(count)]
 
     def score(self, reply: str, example: Example) -> bool:
         """Whether the task's own scorer gives full marks to what stands in the last <answer> tags, or to the reply.
@@ -99,10 +99,19 @@ class ReasoningGym:
         given = (tagged[-1] if tagged else reply).strip()
         return float(self._scorer.score_answer(given, self._entries[example.prompt])) >= 1.0
 
+    def _held_out(self, count: int) -> list[dict[str, Any]]:
+        """The first `count` held-out entries; drawn when asked for, since some tasks take a tenth of a second each."""
+        while len(self._drawn) < count:
+            self._drawn.append(self._test_generator[len(self._drawn)])
+        return self._drawn[:count]
+
     @cached_property
-    def _held_out(self) -> list[dict[str, Any]]:
-        drawn = self._generator(self.held_out, _TEST_SEED)
-        return [drawn[index] for index in range(self.held_out)]
+    def _drawn(self) -> list[dict[str, Any]]:
+        return []
+
+    @cached_property
+    def _test_generator(self) -> Any:
+        return self._generator(self.held_out, _TEST_SEED)
 
     @cached_property
     def _entries(self) -> dict[str, dict[str, Any]]:
