@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from deltalens.checkpoint.base import DTYPE_BYTES
 from deltalens.errors import PatchError
 from deltalens.patch import codec as codecs
-from deltalens.patch.codec import decode_tensor, encode_tensor
+from deltalens.patch import conditioned
+from deltalens.patch.codec import Encoding, decode_tensor, encode_new, encode_tensor
 
 # Zeros of both signs, infinities, quiet and signalling NaNs with payloads, subnormals, as 16-bit words.
 SPECIAL = np.array([0, 0x8000, 0x7F80, 0xFF80, 0x7FC0, 0x7F81, 0xFFFF, 0x7C00, 0x7C01, 0xFE01, 1, 0x8001], np.uint16)
@@ -54,87 +55,59 @@ def test_round_trip(pair, fast):
     dtype, source, trained = pair
     width = DTYPE_BYTES[dtype]
     kept = source.copy()
-    name, frame = encode_tensor(source, trained, dtype, width, fast=fast)
+    columns = source.size // width
+    encoding = encode_tensor(source, trained, dtype, width, columns=columns, fast=fast)
     source.flags.writeable = False  # as a tensor of an earlier patch of a chain may be
-    made = decode_tensor(name, frame, source, dtype, width)
+    made = decode_tensor(encoding, source, dtype, width, columns=columns)
     assert made.dtype == np.uint8
     assert made.tobytes() == trained.tobytes()
     assert source.tobytes() == kept.tobytes()
-    assert (name == "unchanged") == (kept.tobytes() == trained.tobytes())
+    assert (encoding.codec == "unchanged") == (kept.tobytes() == trained.tobytes())
     # No codec is worse than storing the tensor, but for its fixed part.
-    assert len(frame) <= trained.size + trained.size // 8 + 512
+    assert len(encoding.frame) + len(encoding.model) <= trained.size + trained.size // 8 + 512
+    new = encode_new(trained, fast=fast)
+    assert decode_tensor(new, np.empty_like(source), dtype, width, columns=columns).tobytes() == trained.tobytes()
 
 
-def forced_frames(source: np.ndarray, trained: np.ndarray, dtype: str) -> dict[str, bytes]:
-    """The tensor's frame in every codec that can carry it."""
+def forced_encodings(source: np.ndarray, trained: np.ndarray, dtype: str) -> dict[str, Encoding]:
+    """The tensor in every codec that can carry it."""
     width = DTYPE_BYTES[dtype]
     word = np.dtype(f"<u{width}")
     before, after = source.view(word), trained.view(word)
     frames = {
-        "planes": codecs._compress(codecs._split(before ^ after, width), 3),
-        "raw": codecs._compress(trained, 3),
+        "planes": (codecs._compress(codecs._split(before ^ after, width), 3),),
+        "raw": (codecs._compress(trained, 3),),
     }
     if (before != after).any():
-        frames["sparse"] = codecs._encode_sparse(before, after, 3)
+        frames["sparse"] = (codecs._encode_sparse(before, after, 3),)
     else:
-        frames["unchanged"] = b""
-    if dtype in codecs.EXPONENT_SHIFT:
-        frames["conditioned"] = codecs._encode_conditioned(before, after, codecs.EXPONENT_SHIFT[dtype])
-    return frames
+        frames["unchanged"] = (b"",)
+    if dtype in conditioned.EXPONENT_SHIFT:
+        frames["conditioned"] = conditioned.encode(before, after, conditioned.EXPONENT_SHIFT[dtype], before.size)[::-1]
+    return {name: Encoding(name, *parts) for name, parts in frames.items()}
 
 
 @settings(max_examples=150, deadline=None)
 @given(pairs)
 def test_every_codec_round_trips(pair):
     dtype, source, trained = pair
-    for name, frame in forced_frames(source, trained, dtype).items():
-        made = decode_tensor(name, frame, source, dtype, DTYPE_BYTES[dtype])
+    width = DTYPE_BYTES[dtype]
+    for name, encoding in forced_encodings(source, trained, dtype).items():
+        made = decode_tensor(encoding, source, dtype, width, columns=source.size // width)
         assert made.tobytes() == trained.tobytes(), name
 
 
 def test_every_codec_is_chosen_where_it_is_best():
-    def choice(dtype: str, size: int, density: float, kind: str) -> str:
-        source, trained = make_pair(dtype, size, density, kind, 1)
-        return encode_tensor(source, trained, dtype, DTYPE_BYTES[dtype], fast=False)[0]
+    def choice(dtype: str, source: np.ndarray, trained: np.ndarray) -> str:
+        width = DTYPE_BYTES[dtype]
+        return encode_tensor(source, trained, dtype, width, columns=source.size // width, fast=False).codec
 
-    assert choice("BF16", 5000, 0.0, "weights") == "unchanged"
-    assert choice("BF16", 5000, 0.5, "weights") == "conditioned"
-    assert choice("F32", 5000, 0.01, "weights") == "sparse"
-    assert choice("F32", 5000, 0.6, "weights") == "planes"
-    zeros = np.zeros(20000, np.uint8)
+    assert choice("BF16", *make_pair("BF16", 5000, 0.0, "weights", 1)) == "unchanged"
+    assert choice("BF16", *make_pair("BF16", 5000, 0.5, "weights", 1)) == "conditioned"
+    assert choice("F32", *make_pair("F32", 5000, 0.01, "weights", 1)) == "sparse"
+    assert choice("F32", *make_pair("F32", 5000, 0.6, "weights", 1)) == "planes"
     noise = np.random.default_rng(0).integers(0, 256, 20000, np.uint8)
-    assert encode_tensor(noise, zeros, "F32", 4, fast=False)[0] == "raw"
-
-
-def test_all_65536_words_of_both_ends():
-    """Every 16-bit source word with steps of every token, and every difference there is."""
-    every = np.arange(1 << 16, dtype=np.uint16)
-    for before, after in (
-        (every, (every.astype(np.int32) * 40503 % 65536).astype(np.uint16)),
-        (np.zeros_like(every), every),
-        (every, every[::-1].copy()),
-    ):
-        for shift in (7, 10):
-            frame = codecs._encode_conditioned(before, after, shift)
-            assert np.array_equal(codecs._decode_conditioned(frame, before, shift).view(np.uint16), after)
-
-
-def test_conditioned_is_near_the_conditional_entropy():
-    """On 2²⁰ words whose change depends on the exponent the frame is within 1 % of the entropy of this very sample."""
-    rng = np.random.default_rng(2)
-    values = (rng.standard_normal(1 << 20) * 0.02).astype(np.float32)
-    before = (values.view(np.uint32) >> 16).astype(np.uint16)
-    moved = values + (rng.standard_normal(values.size) * 4e-5).astype(np.float32)
-    after = (moved.view(np.uint32) >> 16).astype(np.uint16)
-    exponent = (before >> 7) & 0xFF
-    joint, of_exponent = (
-        np.unique(key, return_counts=True)[1]
-        for key in (exponent.astype(np.uint32) << 16 | (after - before).astype(np.uint16), exponent)
-    )
-    bits = np.sum(of_exponent * np.log2(of_exponent)) - np.sum(joint * np.log2(joint))
-    frame = codecs._encode_conditioned(before, after, 7)
-    assert len(frame) <= 1.01 * bits / 8
-    assert codecs._decode_conditioned(frame, before, 7).tobytes() == after.tobytes()
+    assert choice("F32", noise, np.zeros(20000, np.uint8)) == "raw"
 
 
 @settings(max_examples=100, deadline=None)
@@ -155,14 +128,19 @@ def test_varints(values):
 def test_damaged_frames_raise_or_decode_to_the_right_length(pair, data):
     """The frame's hash is checked elsewhere; here a frame that lies must not do more than be wrong."""
     dtype, source, trained = pair
-    frames = forced_frames(source, trained, dtype)
-    name = data.draw(st.sampled_from(sorted(set(frames) - {"unchanged"})))
-    frame = bytearray(frames[name])
+    encodings = forced_encodings(source, trained, dtype)
+    name = data.draw(st.sampled_from(sorted(set(encodings) - {"unchanged"})))
+    parts = [bytearray(encodings[name].frame), bytearray(encodings[name].model)]
     for _ in range(data.draw(st.integers(1, 3))):
-        frame[data.draw(st.integers(0, len(frame) - 1))] ^= data.draw(st.integers(1, 255))
-    damaged = bytes(frame[: data.draw(st.integers(0, len(frame)))]) if data.draw(st.booleans()) else bytes(frame)
+        part = parts[data.draw(st.integers(0, 1)) if parts[1] else 0]
+        part[data.draw(st.integers(0, len(part) - 1))] ^= data.draw(st.integers(1, 255))
+    frame, model = (
+        bytes(part[: data.draw(st.integers(0, len(part)))]) if data.draw(st.booleans()) else bytes(part)
+        for part in parts
+    )
+    width = DTYPE_BYTES[dtype]
     try:
-        made = decode_tensor(name, damaged, source, dtype, DTYPE_BYTES[dtype])
+        made = decode_tensor(Encoding(name, frame, model), source, dtype, width, columns=source.size // width)
     except PatchError:
         return
     assert made.size == trained.size
@@ -191,4 +169,4 @@ def test_sparse_positions_outside_the_tensor_are_refused(gaps):
     size = codecs._varints(np.array(gaps)).size
     frame = struct.pack("<QQQ", len(gaps), size, len(packed[0])) + b"".join(packed)
     with pytest.raises(PatchError, match="outside"):
-        decode_tensor("sparse", frame, np.zeros(100, np.uint8), "U8", 1)
+        decode_tensor(Encoding("sparse", frame), np.zeros(100, np.uint8), "U8", 1, columns=100)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from patch_fixtures import BF16, contents, moved, weights, write_folder
 
 from deltalens.errors import PatchError
 from deltalens.patch import apply, pack, verify
-from deltalens.patch.format import END, MAGIC, TAIL, PatchFile, overall_hash, plain_name
+from deltalens.patch.codec import CODECS
+from deltalens.patch.format import CRC, END, HASH, MAGIC, TAIL, PatchFile, plain_name
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     pack(source, trained, folder / "run.patch")
     with PatchFile(folder / "run.patch") as opened:
         codecs = {entry.codec for entry in opened.tensors.values()}
-    assert codecs == {"conditioned", "sparse", "planes", "raw", "unchanged"}
+    assert codecs == set(CODECS)
     return source, trained, folder / "run.patch"
 
 
@@ -108,88 +110,158 @@ def test_damage_names_the_place(small, tmp_path):
 # --- footers that lie, with every hash in order ----------------------------------------------------------------------
 
 
-def forge(patch: Path, output: Path, change: Callable[[dict[str, Any]], object], *, overall: bool = True) -> Path:
-    """The patch with another footer, hashes recomputed: what an attacker, not an accident, would make."""
+def forge(patch: Path, output: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The patch with another footer and its hash recomputed: what an attacker, not an accident, would make.
+
+    `change` sees the JSON's fields and, under "rows", each tensor's model, CRC-32, result hash and source hash.
+    """
     data = patch.read_bytes()
     length = int.from_bytes(data[-TAIL : -TAIL + 8], "little")
-    footer = json.loads(zstandard.ZstdDecompressor().decompress(data[-TAIL - length : -TAIL]))
+    frames, whole = data[: -TAIL - length], data[-TAIL - length : -TAIL]
+    first, second = (int.from_bytes(whole[i : i + 4], "little") for i in (0, 4))
+    unpack = zstandard.ZstdDecompressor().decompress
+    footer = json.loads(unpack(whole[8 : 8 + first]))
+    models, checks = unpack(whole[8 + first : 8 + first + second]), whole[8 + first + second :]
+    rows = footer["rows"] = {}
+    names = [name for entry in footer["weights"] for name in json.loads(entry["header"]) if name != "__metadata__"]
+    for name, codec, size in zip(names, footer["codecs"], footer["models"], strict=True):
+        row = rows[name] = {"model": models[:size]}
+        models = models[size:]
+        for field, bytes_ in (("crc", CRC), ("result", HASH), ("source", HASH)):
+            absent = codec == "new" if field == "source" else codec == "unchanged"
+            row[field], checks = (b"", checks) if absent else (checks[:bytes_], checks[bytes_:])
     change(footer)
-    if overall:
-        rows = {row[0]: (row[1], tuple(row[2]), row[7] if row[8] is None else row[8]) for row in footer["tensors"]}
-        footer["result"]["hash"] = overall_hash(rows)
-    seal(data[: -TAIL - length], zstandard.ZstdCompressor().compress(json.dumps(footer).encode()), output)
+    rows = footer.pop("rows").values()
+    checks = b"".join(row[field] for row in rows for field in ("crc", "result", "source"))
+    pack = zstandard.ZstdCompressor().compress
+    seal(frames, [pack(json.dumps(footer).encode()), pack(b"".join(row["model"] for row in rows))], checks, output)
     return output
 
 
-def seal(frames: bytes, packed: bytes, output: Path) -> None:
-    output.write_bytes(frames + packed + len(packed).to_bytes(8, "little") + blake3(packed).digest() + END)
+def seal(frames: bytes, parts: list[bytes], checks: bytes, output: Path) -> None:
+    whole = b"".join([*(len(part).to_bytes(4, "little") for part in parts), *parts, checks])
+    output.write_bytes(frames + whole + len(whole).to_bytes(8, "little") + blake3(whole).digest() + END)
 
 
-NAME, DTYPE, SHAPE, CODEC, OFFSET, LENGTH, FRAME, SOURCE, RESULT = range(9)
+def row(name: str, **fields: bytes) -> Callable[[dict[str, Any]], None]:
+    return lambda footer: footer["rows"][name].update(fields)
 
 
-def tensor(name: str, field: int, value: Any) -> Callable[[dict[str, Any]], None]:
+def column(name: str, field: str, value: Any) -> Callable[[dict[str, Any]], None]:
     def change(footer: dict[str, Any]) -> None:
-        next(row for row in footer["tensors"] if row[NAME] == name)[field] = value
+        footer[field][list(footer["rows"]).index(name)] = value
 
     return change
+
+
+def both(*changes: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], None]:
+    return lambda footer: [change(footer) for change in changes]  # type: ignore[return-value]
+
+
+def model(data: bytes) -> Callable[[dict[str, Any]], None]:
+    """Another model for "conditioned", of the length that the footer says."""
+    return both(row("conditioned", model=data), column("conditioned", "models", len(data)))
 
 
 def file(place: int, **fields: Any) -> Callable[[dict[str, Any]], None]:
     return lambda footer: footer["files"][place].update(fields)
 
 
+def weights_file(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda footer: footer["weights"][0].update(fields)
+
+
+def exchange(footer: dict[str, Any]) -> None:
+    """Two frames' border moved by one byte."""
+    at = list(footer["rows"]).index("conditioned")
+    footer["lengths"][at] += 1
+    footer["lengths"][at + 1] -= 1
+
+
+NAMES = (
+    "../evil",
+    "/etc/evil",
+    "a/b",
+    "..",
+    ".",
+    "",
+    "C:evil",
+    "a\\b",
+    "a\0b",
+    "a\nb",
+    "\ud800",
+    "x" * 300,
+    " a",
+    None,
+    5,
+)
 LIES: dict[str, Callable[[dict[str, Any]], object]] = {
-    **{f"file named {name!r}": file(-1, path=name) for name in (
-        "../evil", "/etc/evil", "a/b", "..", ".", "", "C:evil", "a\\b", "a\0b", "a\nb", "\ud800", "x" * 300, " a",
-        None, 5,
-    )},
-    "a file twice": lambda footer: footer["files"].append(footer["files"][-1]),
-    "file beyond the end": file(0, offset=1 << 40),
-    "file offset beyond 64 bits": file(0, offset=1 << 70),
+    **{f"file named {name!r}": file(-1, path=name) for name in NAMES},
+    **{f"weights named {name!r}": weights_file(path=name) for name in NAMES},
+    "a file twice": lambda footer: footer["files"].append({**footer["files"][-1], "length": 0}),
+    "a file and weights of one name": file(-1, path="model.safetensors"),
+    "weights twice": lambda footer: footer["weights"].append(footer["weights"][0]),
+    "file beyond the end": file(0, length=1 << 40),
     "file of a negative length": file(0, length=-5),
     "file of a fractional length": file(0, length=1.5),
     "huge file": file(0, bytes=1 << 40),
     "file larger than its frame can hold": file(0, bytes=1 << 29),
     "file smaller than its frame": file(0, bytes=3),
+    "file of another content": file(0, hash="00" * 32),
+    "file of another check": file(0, crc=5),
+    "file that the source lacks": both(file(0, length=0), file(0, hash="00" * 32)),
     "unknown field of a file": file(0, mode=0o777),
-    "no weights": lambda footer: [entry.update(weights=False) for entry in footer["files"]],
-    "weights from the source": file(0, length=0, offset=0, frame_hash=None),
-    "huge shape": tensor("conditioned", SHAPE, [1 << 60, 1 << 60]),
-    "huge new tensor": tensor("new", SHAPE, [1 << 39]),
-    "negative shape": tensor("conditioned", SHAPE, [-600]),
-    "two negative sizes": tensor("conditioned", SHAPE, [-20, -30]),
-    "fractional shape": tensor("conditioned", SHAPE, [600.0]),
-    "shape of another form": tensor("conditioned", SHAPE, [30, 20]),
-    "shape is a text": tensor("conditioned", SHAPE, "600"),
-    "unknown dtype": tensor("conditioned", DTYPE, "F128"),
-    "dtype is a list": tensor("conditioned", DTYPE, ["BF16"]),
-    "dtype of the same width": tensor("conditioned", DTYPE, "F16"),
-    "unknown codec": tensor("conditioned", CODEC, "pickle"),
-    "codec of another kind": tensor("sparse", CODEC, "conditioned"),
-    "frame before the file": tensor("conditioned", OFFSET, -1),
-    "frame beyond the end": tensor("conditioned", OFFSET, 1 << 40),
-    "offset beyond 64 bits": tensor("conditioned", OFFSET, 1 << 70),
-    "fractional offset": tensor("conditioned", OFFSET, 8.0),
-    "offset is null": tensor("conditioned", OFFSET, None),
-    "frame of no bytes": tensor("conditioned", LENGTH, 0),
-    "unchanged with no bytes at a negative offset": tensor("unchanged", OFFSET, -7),
-    "frame of the whole file": tensor("conditioned", LENGTH, 1 << 50),
-    "another tensor's frame": tensor("conditioned", OFFSET, len(MAGIC) + 1),
-    "no frame hash": tensor("conditioned", FRAME, None),
-    "no source": tensor("conditioned", SOURCE, None),
-    "raw without a source is not this": tensor("raw", SOURCE, "00" * 32),
-    "another result": tensor("conditioned", RESULT, "00" * 32),
-    "unchanged into something else": tensor("unchanged", RESULT, "00" * 32),
-    "changed said to be unchanged": tensor("conditioned", CODEC, "unchanged"),
-    "name is a number": tensor("conditioned", NAME, 5),
-    "a tensor twice": lambda footer: footer["tensors"].append(footer["tensors"][0]),
-    "a tensor fewer": lambda footer: footer["tensors"].pop(),
-    "a row too short": lambda footer: footer["tensors"][0].pop(),
-    "tensors is a number": lambda footer: footer.update(tensors=5),
+    "no weights": lambda footer: footer.update(weights=[]),
+    "a header of bytes": weights_file(header=[1, 2]),
+    "no header": weights_file(header="{"),
+    "a deep header": weights_file(header="[" * 100_000),
+    "unknown codec": column("conditioned", "codecs", "pickle"),
+    "codec is a list": column("conditioned", "codecs", ["raw"]),
+    "codec of another kind": column("sparse", "codecs", "planes"),
+    "conditioned without a model": model(b""),
+    "conditioned float32": both(
+        column("sparse", "codecs", "conditioned"), column("sparse", "models", 1), row("sparse", model=b"\0")
+    ),
+    "a model of another kind": both(column("sparse", "models", 1), row("sparse", model=b"\0")),
+    "a model of unknown flags": model(b"\xff\xff\1\1"),
+    "a model without groups": model(b"\0"),
+    "a model that never ends": model(b"\0" + bytes(range(255))),
+    "a model that goes back": model(b"\0\5\3\xff" + b"\1\1" * 3),
+    "a model without frequencies": model(b"\0\xff"),
+    "a model of no symbol": model(b"\0\xff\1\0"),
+    "a model of too small a frequency": model(b"\0\xff\1\xf0"),
+    "a model of too many tokens": model(b"\0\xff" + bytes([65]) + b"\1" * 65),
+    "a model that goes on": model(b"\0\xff\1\1\0"),
+    "another model": model(b"\0\xff\3\1\1\1"),
+    "another model, by rows": model(b"\4" + b"\xff" * 8 + b"\3\1\1\1" * 8),
+    "models longer than they are": column("conditioned", "models", 1 << 40),
+    "a negative model": column("conditioned", "models", -1),
+    "frame of no bytes": column("conditioned", "lengths", 0),
+    "frame of a negative length": column("conditioned", "lengths", -8),
+    "frame of the whole file": column("conditioned", "lengths", 1 << 50),
+    "fractional length": column("conditioned", "lengths", 8.0),
+    "length is null": column("conditioned", "lengths", None),
+    "a border moved": exchange,
+    "bytes that no frame owns": lambda footer: footer["files"].pop(0),
+    "another check": row("conditioned", crc=b"1234"),
+    "no check": row("conditioned", crc=b""),
+    "another source": row("conditioned", source=b"0" * HASH),
+    "another source of the unchanged": row("unchanged", source=b"0" * HASH),
+    "no source": both(column("conditioned", "codecs", "new"), column("conditioned", "models", 0),
+                      row("conditioned", model=b"", source=b"")),
+    "raw without a source is not this": both(column("new", "codecs", "raw"), row("new", source=b"0" * HASH)),
+    "another result": row("conditioned", result=b"0" * HASH),
+    "another result of a new one": row("new", result=b"0" * HASH),
+    "changed said to be unchanged": both(column("raw", "codecs", "unchanged"), row("raw", crc=b"", result=b"")),
+    "one hash more": row("new", source=b"0" * HASH),
+    "one codec fewer": lambda footer: footer["codecs"].pop(),
+    "one length fewer": lambda footer: footer["lengths"].pop(),
+    "one model fewer": lambda footer: footer["models"].pop(),
+    "codecs is a number": lambda footer: footer.update(codecs=5),
     "no source hash": lambda footer: footer.pop("source"),
     "files is null": lambda footer: footer.update(files=None),
-    "later schema": lambda footer: footer.update(schema=2),
+    "later schema": lambda footer: footer.update(schema=3),
+    "earlier schema": lambda footer: footer.update(schema=1),
     "schema is absent": lambda footer: footer.pop("schema"),
 }  # fmt: skip
 
@@ -197,10 +269,7 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
 @pytest.mark.parametrize("lie", sorted(LIES))
 def test_a_footer_that_lies(small, tmp_path, lie):
     source, _, patch = small
-    try:
-        forged = forge(patch, tmp_path / "forged.patch", LIES[lie])
-    except (TypeError, IndexError, ValueError):  # no overall hash can be made of it
-        forged = forge(patch, tmp_path / "forged.patch", LIES[lie], overall=False)
+    forged = forge(patch, tmp_path / "forged.patch", LIES[lie])
     refused(source, forged, tmp_path / "out" / "made")
     assert {file.name for file in tmp_path.rglob("*")} <= {"forged.patch", "out"}
 
@@ -213,12 +282,42 @@ def test_the_forger_can_tell_the_truth(small, tmp_path):
     assert contents(tmp_path / "made") == contents(trained)
 
 
+def test_a_frame_whose_check_was_forged(small, tmp_path):
+    """The CRC-32 guards against accidents; what gets past it comes out right, or not at all, by the result's hash."""
+    source, _, patch = small
+    with PatchFile(patch) as opened:
+        entries = [entry for entry in opened.tensors.values() if entry.length]
+        hash_ = opened.result_hash
+    refusals = 0
+    for entry in entries:
+        for place in range(entry.offset, entry.offset + entry.length, 7):
+            data = bytearray(patch.read_bytes())
+            data[place] ^= 0x10
+            (tmp_path / "changed.patch").write_bytes(data)
+            crc = zlib.crc32(data[entry.offset : entry.offset + entry.length]).to_bytes(CRC, "little")
+            forged = forge(tmp_path / "changed.patch", tmp_path / "forged.patch", row(entry.name, crc=crc))
+            try:
+                made = verify(source, [forged], jobs=1).result_hash
+            except PatchError as error:
+                made, refusals = hash_ if entry.name in str(error) else str(error), refusals + 1
+            assert made == hash_
+    assert refusals > 50
+
+
+@pytest.mark.parametrize("magic", [b"DLPATCH1", b"DLPATCH3"])
+def test_another_schema_is_named(small, tmp_path, magic):
+    (tmp_path / "other.patch").write_bytes(magic + small[2].read_bytes()[8:])
+    with pytest.raises(PatchError, match=f"schema {magic[-1:].decode()}, but"):
+        PatchFile(tmp_path / "other.patch")
+
+
 @pytest.mark.parametrize(
     "text",
-    [b"", b"5", b"[]", b"null", b"{", b'{"schema": 1}', b"\xff\xfe", b"[" * 200_000, b'{"schema": ' + b"[" * 100_000],
+    [b"", b"5", b"[]", b"null", b"{", b'{"schema": 2}', b"\xff\xfe", b"[" * 200_000, b'{"schema": ' + b"[" * 100_000],
 )
 def test_a_footer_of_something_else(small, tmp_path, text):
-    seal(MAGIC, zstandard.ZstdCompressor().compress(text), tmp_path / "forged.patch")
+    pack_ = zstandard.ZstdCompressor().compress
+    seal(MAGIC, [pack_(text), pack_(b"")], b"", tmp_path / "forged.patch")
     refused(small[0], tmp_path / "forged.patch", tmp_path / "made")
 
 
@@ -227,32 +326,21 @@ def test_a_footer_that_is_no_zstd_or_a_bomb(small, tmp_path):
     claim = bomb[:4] + bytes([0xE0]) + (1 << 29).to_bytes(8, "little") + bomb[7:]
     unknown = zstandard.ZstdCompressor(write_content_size=False).compressobj().compress(b"{}")
     for packed in (b"", b"plain", bomb[:-3], claim, unknown):
-        seal(MAGIC, packed, tmp_path / "forged.patch")
-        refused(small[0], tmp_path / "forged.patch", tmp_path / "made")
+        for parts in ([packed, bomb], [bomb, packed], [packed], []):
+            seal(MAGIC, parts, b"", tmp_path / "forged.patch")
+            refused(small[0], tmp_path / "forged.patch", tmp_path / "made")
+    whole = (1 << 31).to_bytes(4, "little") * 2
+    tail = len(whole).to_bytes(8, "little") + blake3(whole).digest() + END
+    (tmp_path / "forged.patch").write_bytes(MAGIC + whole + tail)
+    refused(small[0], tmp_path / "forged.patch", tmp_path / "made")
 
 
 def forge_header(patch: Path, output: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """The patch with another safetensors header for its weights, appended as a frame of its own."""
+    """The patch with another safetensors header for its weights."""
     with PatchFile(patch) as opened:
-        carried = next(entry for entry in opened.files if entry.weights)
-        header = json.loads(opened.file_bytes(carried))
+        header = json.loads(opened.weights["model.safetensors"])
     change(header)
-    data = json.dumps(header).encode()
-    packed = zstandard.ZstdCompressor().compress(data)
-    whole = patch.read_bytes()
-    length = int.from_bytes(whole[-TAIL : -TAIL + 8], "little")
-    frames_end = len(whole) - TAIL - length
-    longer = output.with_suffix(".longer")
-    longer.write_bytes(whole[:frames_end] + packed + whole[frames_end:])
-    place = {"offset": frames_end, "length": len(packed), "frame_hash": blake3(packed).hexdigest()}
-    fields = {"hash": blake3(data).hexdigest(), "bytes": len(data), **place}
-
-    def other(footer: dict[str, Any]) -> None:
-        next(entry for entry in footer["files"] if entry.get("weights")).update(fields)
-
-    forge(longer, output, other)
-    longer.unlink()
-    return output
+    return forge(patch, output, weights_file(header=json.dumps(header)))
 
 
 def test_a_weights_header_that_lies(small, tmp_path):
@@ -275,8 +363,14 @@ def test_a_weights_header_that_lies(small, tmp_path):
         offsets("new", 1 << 70),
         lambda header: header["new"].update(data_offsets=[0]),
         lambda header: header["new"].update(data_offsets=[float(n) for n in header["new"]["data_offsets"]]),
-        lambda header: header["new"].update(dtype="F32"),
-        lambda header: header["new"].update(shape=[2, 2]),
+        lambda header: header["raw"].update(dtype="I8"),
+        lambda header: header["raw"].update(shape=[30, 20]),
+        lambda header: header["conditioned"].update(dtype="F16"),
+        lambda header: header["new"].update(dtype="F128"),
+        lambda header: header["new"].update(dtype=["I32"]),
+        lambda header: header["new"].update(shape=[-2, -2]),
+        lambda header: header["new"].update(shape=[1 << 60, 1 << 60]),
+        lambda header: header["new"].update(shape=[1 << 38], data_offsets=[1720, 1720 + (4 << 38)]),
         lambda header: header["new"].update(shape=None),
         lambda header: header.pop("new"),
         lambda header: header.update(more=header["new"]),
@@ -293,7 +387,7 @@ def test_a_chain_that_lies_about_where_it_starts(small, tmp_path):
     after = {**weights(), "unchanged": np.ones(3, np.int64)}
     pack(trained, write_folder(tmp_path / "third", after), tmp_path / "second.patch")
     verify(source, [patch, tmp_path / "second.patch"])
-    forged = forge(tmp_path / "second.patch", tmp_path / "forged.patch", tensor("unchanged", SOURCE, "00" * 32))
+    forged = forge(tmp_path / "second.patch", tmp_path / "forged.patch", row("unchanged", source=b"0" * HASH))
     with pytest.raises(PatchError, match="'unchanged' does not start where"):
         verify(source, [patch, forged])
 

@@ -6,7 +6,6 @@ A run that was cut short is taken up again: a tensor whose bytes already have th
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +19,9 @@ import numpy as np
 from blake3 import blake3
 
 from deltalens.checkpoint import Checkpoint, open_checkpoint
+from deltalens.checkpoint.writer import WeightFile
 from deltalens.errors import PatchError
-from deltalens.patch.codec import decode_tensor
+from deltalens.patch.codec import Encoding, decode_tensor
 from deltalens.patch.format import CarriedFile, PatchFile, PatchTensor
 from deltalens.patch.pack import Progress, workers
 
@@ -69,12 +69,11 @@ def apply(
     whole = Path(os.path.abspath(output))
     partial = whole.parent / f".{whole.name}.partial"
     with _opened(source, patches) as (before, chain):
-        layout = _layout(chain[-1])
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            resumed = _write_tensors(before, chain, layout, partial, jobs or workers(), progress)
+            resumed = _write_tensors(before, chain, partial, jobs or workers(), progress)
             _write_files(before, chain, partial)
-            _keep_only(partial, {file.path for file in chain[-1].files})
+            _keep_only(partial, {*chain[-1].weights, *(file.path for file in chain[-1].files)})
             for file in partial.iterdir():
                 _sync(file)
             if output.exists():
@@ -98,7 +97,6 @@ def verify(
     """
     with _opened(source, patches) as (before, chain):
         entries = list(chain[-1].tensors.values())
-        _layout(chain[-1])
 
         def check(entry: PatchTensor) -> bool:
             _make(before, chain, entry.name)
@@ -214,11 +212,12 @@ def _source_bytes(before: Checkpoint, patch: PatchFile, entry: PatchTensor) -> n
 
 def _decode(patch: PatchFile, entry: PatchTensor, source: np.ndarray | None) -> np.ndarray:
     if source is None:
-        source = np.empty(entry.nbytes, np.uint8)  # `raw` reads its length only
+        source = np.empty(entry.nbytes, np.uint8)  # `new` reads its length only
     elif source.size != entry.nbytes:
         raise PatchError(f"{patch.path}: tensor {entry.name!r} was made from one of another size")
     try:
-        made = decode_tensor(entry.codec, patch.frame(entry), source, entry.dtype, entry.width)
+        encoding = Encoding(entry.codec, patch.frame(entry), entry.model)
+        made = decode_tensor(encoding, source, entry.dtype, entry.width, columns=entry.columns)
     except PatchError as error:
         if str(patch.path) in str(error):
             raise
@@ -228,77 +227,38 @@ def _decode(patch: PatchFile, entry: PatchTensor, source: np.ndarray | None) -> 
     return made
 
 
-def _layout(patch: PatchFile) -> dict[str, tuple[str, int, int]]:
-    """Tensor → (file, offset in it, bytes); from the carried headers, which must agree with the footer."""
-    out: dict[str, tuple[str, int, int]] = {}
-    for file in patch.files:
-        if not file.weights:
-            continue
-        header = patch.file_bytes(file)
-        base = 8 + len(header)
-        try:
-            described = json.loads(header)
-            described.pop("__metadata__", None)
-            for name, info in described.items():
-                begin, end = info["data_offsets"]
-                entry = patch.tensors[name]
-                if name in out or end - begin != entry.nbytes:
-                    raise ValueError
-                if (info["dtype"], tuple(info["shape"])) != (entry.dtype, entry.shape):
-                    raise ValueError
-                out[name] = (file.path, base + begin, entry.nbytes)
-            at = base  # every byte of the file is a tensor's
-            for begin, nbytes in sorted((out[name][1], out[name][2]) for name in described):
-                if begin != at or type(begin) is not int:
-                    raise ValueError
-                at += nbytes
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise PatchError(f"{patch.path}: the header of {file.path} contradicts its tensors") from None
-    if missing := next((name for name in patch.tensors if name not in out), None):
-        raise PatchError(f"{patch.path}: no file of the result holds tensor {missing!r}")
-    return out
-
-
 def _write_tensors(
     before: Checkpoint,
     chain: Sequence[PatchFile],
-    layout: dict[str, tuple[str, int, int]],
     folder: Path,
     jobs: int,
     progress: Progress | None,
 ) -> int:
     """Write every tensor to its place; returns how many were there already."""
     last = chain[-1]
-    handles: dict[str, int] = {}
-    earlier = {file.path for file in last.files if file.weights and (folder / file.path).exists()}
+    weights: dict[str, WeightFile] = {}
+    earlier = {path for path in last.weights if (folder / path).exists()}
     try:
-        for file in last.files:
-            if file.weights:
-                header = last.file_bytes(file)
-                handles[file.path] = os.open(folder / file.path, os.O_RDWR | os.O_CREAT, 0o666)
-                os.pwrite(handles[file.path], len(header).to_bytes(8, "little") + header, 0)
-                size = 8 + len(header) + sum(n for where, _, n in layout.values() if where == file.path)
-                os.ftruncate(handles[file.path], size)
+        for path, header in last.weights.items():
+            nbytes = sum(entry.nbytes for entry in last.tensors.values() if entry.file == path)
+            weights[path] = WeightFile(folder / path, header, nbytes)
 
         def write(entry: PatchTensor) -> bool:
-            file, offset, nbytes = layout[entry.name]
-            if file in earlier and _there(handles[file], offset, nbytes, entry.result_hash):
+            file = weights[entry.file]
+            if entry.file in earlier and _there(file, entry):
                 return True
-            made = memoryview(_make(before, chain, entry.name).data)
-            done = 0
-            while done < nbytes:
-                done += os.pwrite(handles[file], made[done:], offset + done)
+            file.write(entry.place, _make(before, chain, entry.name))
             return False
 
         return _run(write, list(last.tensors.values()), jobs, progress)
     finally:
-        for handle in handles.values():
-            os.close(handle)
+        for opened in weights.values():
+            opened.close()
 
 
-def _there(handle: int, offset: int, nbytes: int, digest: str) -> bool:
-    data = os.pread(handle, nbytes, offset)
-    return len(data) == nbytes and blake3(data).hexdigest() == digest
+def _there(file: WeightFile, entry: PatchTensor) -> bool:
+    data = file.read(entry.place, entry.nbytes)
+    return len(data) == entry.nbytes and blake3(data).hexdigest() == entry.result_hash
 
 
 def _run(
@@ -338,8 +298,7 @@ def _file_bytes(before: Checkpoint, chain: Sequence[PatchFile], step: int, file:
 
 def _write_files(before: Checkpoint, chain: Sequence[PatchFile], folder: Path) -> None:
     for file in chain[-1].files:
-        if not file.weights:
-            (folder / file.path).write_bytes(_file_bytes(before, chain, len(chain) - 1, file))
+        (folder / file.path).write_bytes(_file_bytes(before, chain, len(chain) - 1, file))
 
 
 def _keep_only(folder: Path, names: set[str]) -> None:

@@ -1,73 +1,84 @@
 """One tensor's change as bytes, and back. Pure: bytes in, bytes out; bit level throughout.
 
-`conditioned` (16-bit floats): how far a word moved, in units of the last place (the wrapping difference of the words,
-zigzag), depends on the source's exponent, which both ends hold; each difference is coded under its exponent's own
-model. `sparse`: gaps between the changed words and their XOR. `planes`: XOR split into byte planes. `raw`: the result
-itself. All but the first end in zstd.
+`conditioned` (16-bit floats, conditioned.py): differences under the source's exponent. `sparse`: gaps between the
+changed words and their XOR. `planes`: XOR split into byte planes. `raw`: the result itself; `new`: the same where
+there is no source. All but the first end in zstd.
 """
 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
-import numba
 import numpy as np
 import zstandard
 
 from deltalens.errors import PatchError
-from deltalens.patch import rans
+from deltalens.patch import conditioned
+from deltalens.patch.conditioned import EXPONENT_SHIFT
 
-__all__ = ["CODECS", "MOST_PACKED", "decode_tensor", "encode_tensor"]
+__all__ = ["CODECS", "MOST_PACKED", "Encoding", "decode_tensor", "encode_new", "encode_tensor"]
 
-CODECS = ("unchanged", "conditioned", "sparse", "planes", "raw")
-EXPONENT_SHIFT = {"BF16": 7, "F16": 10}
-TOKENS = 64  # 0 … 15 stand for themselves; above, 4 tokens an octave and the remaining bits raw
-DIRECT = 16
-RARE = 256  # contexts with fewer words than this share one model
+CODECS = ("unchanged", "conditioned", "sparse", "planes", "raw", "new")
 SMALL_BYTES = 1 << 16  # below this every codec is tried
 MOST_PACKED = 1 << 16  # zstd's densest block is 4 bytes for 128 KiB: what claims more is refused before memory is taken
 SPARSE_UP_TO = 0.05  # share of changed words up to which gaps are tried
 
 
-def encode_tensor(source: np.ndarray, trained: np.ndarray, dtype: str, width: int, *, fast: bool) -> tuple[str, bytes]:
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """A tensor's codec, its frame, and the model that `conditioned` keeps apart: a patch packs all models together."""
+
+    codec: str
+    frame: bytes
+    model: bytes = b""
+
+
+def encode_tensor(
+    source: np.ndarray, trained: np.ndarray, dtype: str, width: int, *, columns: int, fast: bool
+) -> Encoding:
     """The smallest encoding of `trained` given `source`.
 
     Args:
         source, trained: stored bytes, uint8, equally long.
         dtype: safetensors code; decides whether words have an exponent.
         width: bytes a word.
+        columns: words in a row.
         fast: zstd level 1 and no trial of several codecs.
-
-    Returns:
-        the codec's name, and the frame's bytes (empty for `unchanged`).
     """
     before, after = _words(source, width), _words(trained, width)
     changed = int(np.count_nonzero(before != after))
     if changed == 0:
-        return "unchanged", b""
-    level = 1 if fast else 9
-    conditioned = dtype in EXPONENT_SHIFT
+        return Encoding("unchanged", b"")
     small = source.size <= SMALL_BYTES and not fast
-    found: list[tuple[str, bytes]] = []
-    if conditioned:
-        found.append(("conditioned", _encode_conditioned(before, after, EXPONENT_SHIFT[dtype])))
-    if changed <= SPARSE_UP_TO * before.size and (not fast or not conditioned):
-        found.append(("sparse", _encode_sparse(before, after, level)))
+    found: list[Encoding] = []
+    if dtype in EXPONENT_SHIFT:
+        model, frame = conditioned.encode(before, after, EXPONENT_SHIFT[dtype], columns)
+        found.append(Encoding("conditioned", frame, model))
     if small or not found:
-        found.append(("planes", _compress(_split(before ^ after, width), 1 if fast else 3)))
-        found.append(("raw", _compress(trained, 1 if fast else 3)))
-    return min(found, key=lambda item: len(item[1]))
+        if changed <= SPARSE_UP_TO * before.size:
+            found.append(Encoding("sparse", _encode_sparse(before, after, 1 if fast else 9)))
+        if small or not found:
+            found.append(Encoding("planes", _compress(_split(before ^ after, width), 1 if fast else 3)))
+            found.append(Encoding("raw", _compress(trained, 1 if fast else 3)))
+    return min(found, key=lambda item: len(item.frame) + len(item.model) // 2)  # models halve at least, in zstd
 
 
-def decode_tensor(codec: str, frame: bytes, source: np.ndarray, dtype: str, width: int) -> np.ndarray:
-    """The result's bytes (uint8). `source` is read only.
+def encode_new(trained: np.ndarray, *, fast: bool) -> Encoding:
+    """A tensor that the source does not have in this shape and dtype."""
+    return Encoding("new", _compress(trained, 1 if fast else 9))
+
+
+def decode_tensor(encoding: Encoding, source: np.ndarray, dtype: str, width: int, *, columns: int) -> np.ndarray:
+    """The result's bytes (uint8). `source` is read only; `new` and `raw` read only its length.
 
     Raises:
         PatchError: the frame is not what its codec writes (the caller names file and tensor).
     """
+    codec, frame = encoding.codec, encoding.frame
     if codec == "unchanged":
         return source
-    if codec == "raw":
+    if codec in ("raw", "new"):
         return np.frombuffer(_decompress(frame, source.size), np.uint8)
     before = _words(source, width)
     if codec == "planes":
@@ -76,7 +87,7 @@ def decode_tensor(codec: str, frame: bytes, source: np.ndarray, dtype: str, widt
     if codec == "sparse":
         return _decode_sparse(frame, before, width)
     if codec == "conditioned" and dtype in EXPONENT_SHIFT:
-        return _decode_conditioned(frame, before, EXPONENT_SHIFT[dtype])
+        return conditioned.decode(encoding.model, frame, before, EXPONENT_SHIFT[dtype], columns).view(np.uint8)
     raise PatchError(f"unknown codec {codec!r} for {dtype}")
 
 
@@ -166,146 +177,3 @@ def _unvarints(data: np.ndarray, count: int) -> np.ndarray:
         have = starts + k <= ends
         out[have] |= (data[starts[have] + k].astype(np.int64) & 0x7F) << (7 * k)
     return out
-
-
-# --- conditioned: rANS under the source's exponent -------------------------------------------------------------------
-
-
-def _context_map(counts: np.ndarray) -> np.ndarray:
-    """Exponent → context (uint8[256]): frequent exponents have a model of their own, the rest share context 0."""
-    own = np.flatnonzero(counts >= RARE)
-    out = np.zeros(256, np.uint8)
-    out[own] = np.arange(1, own.size + 1) if own.size < 256 else np.arange(own.size)
-    return out
-
-
-def _encode_conditioned(before: np.ndarray, after: np.ndarray, shift: int) -> bytes:
-    exponents, tokens = np.empty(before.size, np.uint8), np.empty(before.size, np.uint8)
-    joint = np.zeros((256, TOKENS), np.int64)
-    extra_bits = _tokenise(before, after, shift, exponents, tokens, joint)
-    contexts = _context_map(joint.sum(axis=1))
-    pooled = np.zeros((int(contexts.max()) + 1, TOKENS), np.int64)
-    np.add.at(pooled, contexts, joint)
-    frequencies = np.zeros(pooled.shape, np.uint16)
-    for c in range(pooled.shape[0]):
-        if pooled[c].any():
-            frequencies[c] = rans.normalise(pooled[c])
-    extra = _pack_extra(before, after, extra_bits)
-    starts, _ = rans.slot_table(frequencies)
-    words = rans.encode(tokens, contexts[exponents], frequencies, starts)
-    model = _compress(contexts.tobytes() + _pack_model(frequencies), 9)
-    head = struct.pack("<HHII", frequencies.shape[0], len(model), words.size, extra.size)
-    return b"".join([head, model, words.tobytes(), extra.tobytes()])
-
-
-def _pack_model(frequencies: np.ndarray) -> bytes:
-    """Low bytes, then high bytes, token by token: what zstd packs best."""
-    return _split(np.ascontiguousarray(frequencies.T).reshape(-1), 2).tobytes()
-
-
-def _decode_conditioned(frame: bytes, before: np.ndarray, shift: int) -> np.ndarray:
-    if len(frame) < 12:
-        raise PatchError("a frame is cut short")
-    count, model_bytes, word_count, extra_count = struct.unpack_from("<HHII", frame)
-    if count > 256 or len(frame) != 12 + model_bytes + 2 * word_count + 8 * extra_count:
-        raise PatchError("a frame does not have the length it says")
-    model = np.frombuffer(_decompress(frame[12 : 12 + model_bytes], 256 + 2 * count * TOKENS), np.uint8)
-    contexts = model[:256].copy()
-    frequencies = np.ascontiguousarray(_join(model[256:], 2).reshape(TOKENS, count).T)
-    sums = frequencies.sum(axis=1, dtype=np.int64)
-    if contexts.max() >= count or not np.isin(sums, (0, 1 << rans.PRECISION)).all():
-        raise PatchError("a frame's model is damaged")
-    starts, table = rans.slot_table(frequencies)
-    words = np.frombuffer(frame, np.uint16, word_count, 12 + model_bytes).copy()  # aligned, and as the kernel takes it
-    extra = np.frombuffer(frame[12 + model_bytes + 2 * word_count :], np.uint64)
-    tokens = np.empty(before.size, np.uint8)
-    place = _contexts_of(before, shift, contexts)
-    if rans.decode(words, place, frequencies, starts, table, tokens) != word_count:
-        raise PatchError("a frame's code words are damaged")
-    out = np.empty(before.size, np.uint16)
-    if _rebuild(before, tokens, extra, out) != extra_count:
-        raise PatchError("a frame's extra bits are damaged")
-    return out.view(np.uint8)
-
-
-@numba.njit(nogil=True, cache=True, inline="always")
-def _zigzag(before, after):  # type: ignore[no-untyped-def]
-    step = np.int32(np.int16(np.uint16(after - before)))
-    return np.uint32((step << 1) ^ (step >> 15)) & np.uint32(0xFFFF)
-
-
-@numba.njit(nogil=True, cache=True, inline="always")
-def _bits_of(value):  # type: ignore[no-untyped-def]
-    bits = 4
-    while (value >> np.uint32(bits + 1)) != 0:
-        bits += 1
-    return bits  # of the leading one, for values of at least DIRECT
-
-
-@numba.njit(nogil=True, cache=True, boundscheck=False)
-def _tokenise(before, after, shift, exponents, tokens, joint):  # type: ignore[no-untyped-def]
-    """Fill exponents and tokens, count both jointly; returns how many raw bits follow."""
-    extra = 0
-    for i in range(before.size):
-        value = _zigzag(before[i], after[i])
-        exponent = (before[i] & np.uint16(0x7FFF)) >> np.uint16(shift)
-        if value < DIRECT:
-            token = np.uint32(value)
-        else:
-            bits = _bits_of(value)
-            token = np.uint32(DIRECT + (bits - 4) * 4) + ((value >> np.uint32(bits - 2)) & np.uint32(3))
-            extra += bits - 2
-        exponents[i] = np.uint8(exponent)
-        tokens[i] = np.uint8(token)
-        joint[exponent, token] += 1
-    return extra
-
-
-@numba.njit(nogil=True, cache=True, boundscheck=False)
-def _pack_extra(before, after, total):  # type: ignore[no-untyped-def]
-    out = np.zeros((total + 63) // 64, np.uint64)
-    at = 0
-    for i in range(before.size):
-        value = _zigzag(before[i], after[i])
-        if value >= DIRECT:
-            bits = _bits_of(value) - 2
-            rest = np.uint64(value & ((np.uint32(1) << np.uint32(bits)) - np.uint32(1)))
-            word, offset = at >> 6, at & 63
-            out[word] |= rest << np.uint64(offset)
-            if offset + bits > 64:
-                out[word + 1] |= rest >> np.uint64(64 - offset)
-            at += bits
-    return out
-
-
-@numba.njit(nogil=True, cache=True, boundscheck=False)
-def _contexts_of(before, shift, contexts):  # type: ignore[no-untyped-def]
-    out = np.empty(before.size, np.uint8)
-    for i in range(before.size):
-        out[i] = contexts[(before[i] & np.uint16(0x7FFF)) >> np.uint16(shift)]
-    return out
-
-
-@numba.njit(nogil=True, cache=True, boundscheck=False)
-def _rebuild(before, tokens, extra, out):  # type: ignore[no-untyped-def]
-    """Words from tokens and raw bits; returns the number of 64-bit words read, −1 where there are too few."""
-    at = 0
-    limit = extra.size * 64
-    for i in range(before.size):
-        token = np.uint32(tokens[i])
-        value = token
-        if token >= DIRECT:
-            bits = np.int64((token - np.uint32(DIRECT)) >> np.uint32(2)) + 2
-            if at + bits > limit:
-                return -1
-            word, offset = at >> 6, at & 63
-            rest = extra[word] >> np.uint64(offset)
-            if offset + bits > 64:
-                rest |= extra[word + 1] << np.uint64(64 - offset)
-            rest &= (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
-            top = np.uint32(4) | ((token - np.uint32(DIRECT)) & np.uint32(3))
-            value = (top << np.uint32(bits)) | np.uint32(rest)
-            at += int(bits)
-        step = (value >> np.uint32(1)) ^ (np.uint32(0) - (value & np.uint32(1)))
-        out[i] = np.uint16(np.uint32(before[i]) + step)
-    return (at + 63) >> 6

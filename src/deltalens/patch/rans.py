@@ -18,20 +18,19 @@ STATES = 4
 LOW = np.uint64(1 << 16)  # a state lies in [2¹⁶, 2³²)
 
 
-def normalise(counts: np.ndarray) -> np.ndarray:
-    """Counts (symbols,) as frequencies that add up to 2¹⁴, at least 1 for each symbol that occurs; uint16."""
-    total, size = int(counts.sum()), 1 << PRECISION
-    wanted = counts * (size / total)
-    freq = np.where(counts > 0, np.maximum(1, np.floor(wanted)), 0).astype(np.int64)
-    while (gap := size - int(freq.sum())) != 0:
-        if gap > 0:  # to those that lost most by rounding
-            order = np.argsort(freq - wanted, kind="stable")
-            order = order[counts[order] > 0][:gap]
-            freq[order] += 1
-        else:
-            largest = int(np.argmax(freq))
-            freq[largest] += max(gap, 1 - int(freq[largest]))
-    return freq.astype(np.uint16)
+@numba.njit("uint16[::1](int64[::1])", nogil=True, cache=True)
+def normalise(weights):  # type: ignore[no-untyped-def]
+    """Weights (symbols,) of a sum in 1 … 2⁴⁷ as frequencies that add up to 2¹⁴, at least 1 where the weight is not 0.
+
+    Integers only, so that both ends get the same; what rounding leaves goes to the largest.
+    """
+    size, total = 1 << PRECISION, weights.sum()
+    out = np.zeros(weights.size, np.int64)
+    for s in range(weights.size):
+        if weights[s] > 0:
+            out[s] = max(1, ((weights[s] << (PRECISION + 1)) + total) // (2 * total))
+    out[np.argmax(out)] += size - out.sum()
+    return out.astype(np.uint16)
 
 
 def slot_table(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
