@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from subnetwork_fixtures import DOWN, EMBEDDING, NORM, Q, UP, source_tensors, trained_tensors
+from subnetwork_fixtures import DOWN, EMBEDDING, NORM, UP, Q, source_tensors, trained_tensors
 
 from deltalens import patch
 from deltalens.errors import CheckpointError
