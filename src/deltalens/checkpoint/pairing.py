@@ -13,7 +13,7 @@ from deltalens.checkpoint.roles import role_of
 from deltalens.checkpoint.tokenizer import tokenizer_conflict
 from deltalens.errors import CheckpointError
 
-__all__ = ["Pairing", "Skipped", "TensorPair", "pair_checkpoints"]
+__all__ = ["Pairing", "Skipped", "TensorPair", "bare_name", "pair_checkpoints"]
 
 _WRAPPERS = ("model", "language_model", "transformer", "module")
 _TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -131,7 +131,7 @@ def pair_checkpoints(
     return Pairing(kept, skipped, _warnings(source, trained, floats, reshaped))
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
     """The name without the modules that frameworks wrap around a model."""
     segments = [s for s in name.split(".") if s not in _TRANSPARENT]
     while len(segments) > 2 and segments[0] in _WRAPPERS:
@@ -146,17 +146,17 @@ def _match_names(
     free = [name for name in theirs if name not in ours]
     by_bare: dict[str, list[str]] = {}
     for name in free:
-        by_bare.setdefault(_bare(name), []).append(name)
+        by_bare.setdefault(bare_name(name), []).append(name)
     claims: dict[str, int] = {}
     for name in ours:
         if name not in theirs:
-            claims[_bare(name)] = claims.get(_bare(name), 0) + 1
+            claims[bare_name(name)] = claims.get(bare_name(name), 0) + 1
     matched, alone = [], []
     for name in ours:
         if name in theirs:
             matched.append((name, name))
             continue
-        bare = _bare(name)
+        bare = bare_name(name)
         # Two candidates for one name (an adapter's copy, a reference model) cannot be told apart: neither is taken.
         if claims[bare] == 1 and len(by_bare.get(bare, ())) == 1:
             matched.append((name, by_bare[bare][0]))
@@ -297,11 +297,11 @@ def _restacked(
         (source, alone_source, trained, alone_trained),
         (trained, alone_trained, source, alone_source),
     ):
-        by_bare = {_bare(name): name for name in separate}
+        by_bare = {bare_name(name): name for name in separate}
         for name in list(stacked):
             entry = stacks.entries[name]
             parts = [
-                (by_bare.get(_bare(one)), start, shape) for one, start, shape in stacked_experts(name, entry.shape)
+                (by_bare.get(bare_name(one)), start, shape) for one, start, shape in stacked_experts(name, entry.shape)
             ]
             fits = [
                 (one, start, shape)
