@@ -16,15 +16,35 @@ if TYPE_CHECKING:
     from deltalens.analysis.trajectory import TrajectoryResult, trajectory
     from deltalens.patch import apply, pack
     from deltalens.subnetwork import SubnetworkMask, intervene
+    from deltalens.subnetwork.callback import SubnetworkCallback
+    from deltalens.subnetwork.optimizers import (
+        CompactAdamW,
+        CompactAdamWNoMomentum,
+        CompactLion,
+        CompactRMSprop,
+        CompactSGD,
+        CompactSGDMomentum,
+        WholeMatrixMuon,
+    )
+    from deltalens.subnetwork.projection import Projection
     from deltalens.train.callback import UpdateGeometryCallback
 
 __all__ = [
     "AnalysisResult",
+    "CompactAdamW",
+    "CompactAdamWNoMomentum",
+    "CompactLion",
+    "CompactRMSprop",
+    "CompactSGD",
+    "CompactSGDMomentum",
     "CompareResult",
+    "Projection",
     "Settings",
+    "SubnetworkCallback",
     "SubnetworkMask",
     "TrajectoryResult",
     "UpdateGeometryCallback",
+    "WholeMatrixMuon",
     "__version__",
     "analyze",
     "apply",
@@ -36,11 +56,20 @@ __all__ = [
 
 _HOMES = {
     "AnalysisResult": "deltalens.analysis",
+    "CompactAdamW": "deltalens.subnetwork.optimizers",
+    "CompactAdamWNoMomentum": "deltalens.subnetwork.optimizers",
+    "CompactLion": "deltalens.subnetwork.optimizers",
+    "CompactRMSprop": "deltalens.subnetwork.optimizers",
+    "CompactSGD": "deltalens.subnetwork.optimizers",
+    "CompactSGDMomentum": "deltalens.subnetwork.optimizers",
     "CompareResult": "deltalens.analysis.compare",
+    "Projection": "deltalens.subnetwork.projection",
     "Settings": "deltalens.analysis",
+    "SubnetworkCallback": "deltalens.subnetwork.callback",
     "SubnetworkMask": "deltalens.subnetwork",
     "TrajectoryResult": "deltalens.analysis.trajectory",
     "UpdateGeometryCallback": "deltalens.train.callback",
+    "WholeMatrixMuon": "deltalens.subnetwork.optimizers",
     "analyze": "deltalens.analysis",
     "apply": "deltalens.patch",
     "compare": "deltalens.analysis.compare",
