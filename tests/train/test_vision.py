@@ -169,6 +169,11 @@ def test_small_vlm_keeps_the_text_weights_bit_for_bit(tiny_model: Path, tmp_path
         copy = built[name.replace("model.", "model.text_model.", 1)]
         assert torch.equal(copy[: len(weight)].view(torch.int16), weight.view(torch.int16)), name
     assert any(name.startswith("model.vision_model.") for name in built)
+    with quiet_libraries(), torch.no_grad():
+        model = load_model(tmp_path / "vlm", "float32")
+        shown = model.model.get_image_features(torch.randn(8, 1, 3, 16, 16)).pooler_output
+    words = text["model.embed_tokens.weight"].float().square().mean().sqrt()
+    assert torch.cat(shown).square().mean().sqrt() == pytest.approx(words.item(), rel=0.3)
     with quiet_libraries():
         model, processor = load_model(tmp_path / "vlm", "float32"), load_processor(tmp_path / "vlm")
         examples = red_or_blue(2)

@@ -89,6 +89,7 @@ def build_small_vlm(
 
 
 def _assemble(text: Any, tokenizer: Any, vision: dict[str, Any], scale_factor: int, text_layers: int | None) -> Any:
+    import torch
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
     end = tokenizer.eos_token_id
@@ -111,6 +112,11 @@ def _assemble(text: Any, tokenizer: Any, vision: dict[str, Any], scale_factor: i
     model.model.text_model.load_state_dict({name: weight for name, weight in weights.items() if name in wanted})
     if not tied:
         model.lm_head.weight.data = _extended(text.lm_head.weight.detach(), len(tokenizer))
+    # The tower ends in a layer norm: its outputs have variance 1. With this scale the image's tokens come in at the
+    # size of the words' and not several times larger.
+    size = weights["embed_tokens.weight"].square().mean().sqrt()
+    projection = model.model.connector.modality_projection.proj.weight
+    projection.data = torch.randn_like(projection) * size / projection.shape[1] ** 0.5
     generation = model.generation_config
     generation.bos_token_id, generation.eos_token_id, generation.pad_token_id = tokenizer.bos_token_id, end, end
     return model
