@@ -202,3 +202,57 @@ def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
 def test_a_vision_tower_can_be_frozen(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no vision tower"):
         train(config("sft", tiny_model, train_vision=False), tmp_path / "run", quiet=True)
+
+
+def test_a_mask_confines_training_and_its_complement_keeps_its_bits(tiny_model: Path, tmp_path: Path) -> None:
+    from deltalens.subnetwork import SubnetworkMask
+    from deltalens.subnetwork.mask import source_hash
+
+    rng = np.random.default_rng(0)
+    source = weights(tiny_model)
+    dense = {name: rng.random(tensor.shape) < 0.2 for name, tensor in source.items()}
+    mask = SubnetworkMask.from_dense(dense, rule="test", source_hash=source_hash(tiny_model))
+    mask.save(tmp_path / "a.mask")
+    run = config("sft", tiny_model, learning_rate=1e-2, weight_decay=0.1, mask=str(tmp_path / "a.mask"))
+    done = train(run, tmp_path / "run", quiet=True)
+    assert all(row["grad_norm"] > 0 for row in done.log)
+    trained = weights(done.model)
+    for name, tensor in source.items():
+        changed = tensor.view("uint16") != trained[name].view("uint16")
+        assert not (changed & ~dense[name]).any(), name
+        if tensor.ndim == 2:
+            assert changed.sum() > 0.5 * dense[name].sum(), name
+    other = tmp_path / "other"
+    shutil.copytree(done.model, other)
+    with pytest.raises(DeltalensError, match="made for another source"):
+        train(config("sft", other, mask=str(tmp_path / "a.mask")), tmp_path / "refused", quiet=True)
+    with pytest.raises(ConfigError, match=r"mask .*absent: cannot be read"):
+        train(config("sft", tiny_model, mask=str(tmp_path / "absent")), tmp_path / "refused", quiet=True)
+
+
+def test_a_mask_of_everything_is_dense_training(tiny_model: Path, tmp_path: Path) -> None:
+    """Compact AdamW without a mask, reached by no momentum at beta1 0, against transformers' own AdamW."""
+    dense = train(config("sft", tiny_model, trainer={"adam_beta1": 0.0}), tmp_path / "dense", quiet=True)
+    compact = train(config("sft", tiny_model, optimizer="adamw-no-momentum"), tmp_path / "compact", quiet=True)
+    for one, other in zip(dense.log, compact.log, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "rmsprop", "lion", "muon"])
+def test_every_optimizer_trains(optimizer: str, tiny_model: Path, tmp_path: Path) -> None:
+    done = train(config("sft", tiny_model, optimizer=optimizer), tmp_path / "run", quiet=True)
+    source, trained = weights(tiny_model), weights(done.model)
+    assert any((source[name] != trained[name]).any() for name in source)
+
+
+def test_a_projection_confines_the_update_to_a_subspace(tiny_model: Path, tmp_path: Path) -> None:
+    early = train(config("sft", tiny_model, learning_rate=1e-2), tmp_path / "early", quiet=True)
+    run = config("sft", tiny_model, optimizer="sgd", learning_rate=0.5, save_master=True,
+                 project={"update": str(early.model), "k": 2})  # fmt: skip
+    train(run, tmp_path / "run", quiet=True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    delta = weights(tmp_path / "run" / "master")[name] - weights(tiny_model)[name].astype(np.float32)
+    values = np.linalg.svd(delta, compute_uv=False)
+    assert values[1] > 0
+    assert values[2] < 1e-4 * values[0], "the update has the projection's rank"

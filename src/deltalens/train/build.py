@@ -15,6 +15,7 @@ from deltalens.train.data import rows
 from deltalens.train.models import load_model, load_processor
 from deltalens.train.opsd import opsd_trainer
 from deltalens.train.progress import Stages
+from deltalens.train.restrict import restriction_callback
 from deltalens.train.tasks import Example, Task
 
 __all__ = ["build_trainer"]
@@ -61,13 +62,16 @@ def build_trainer(
     if not run.train_vision:
         _freeze_vision(model)
     checkpoints, peft = folder / "checkpoints", _peft(run.lora)
+    restriction = restriction_callback(run, source, model)
+    # A subnetwork's callback wants to be there while the trainer is made; the others are added to it.
+    more: dict[str, Any] = {"peft": peft, "callbacks": [] if restriction is None else [restriction]}
     trainer: Any
     if isinstance(run, OPDRun):
-        trainer = _opd_trainer(run, model, processor, teachers, task, examples, checkpoints, peft=peft)
+        trainer = _opd_trainer(run, model, processor, teachers, task, examples, checkpoints, **more)
     elif isinstance(run, OPSDRun):
-        trainer = opsd_trainer(run, model, processor, examples, checkpoints, peft=peft)
+        trainer = opsd_trainer(run, model, processor, examples, checkpoints, **more)
     elif isinstance(run, GRPORun):
-        trainer = grpo_trainer(run, model, processor, examples, task, checkpoints, peft=peft)
+        trainer = grpo_trainer(run, model, processor, examples, task, checkpoints, **more)
     else:
         if isinstance(run, SeqKDRun):
             with stages.stage("teacher's replies", total=len(examples)) as update:
@@ -78,7 +82,7 @@ def build_trainer(
                     folder / "teacher.jsonl",
                     on_progress=lambda done, _total: update(done, ""),
                 )
-        trainer = sft_trainer(run, model, processor, examples, checkpoints, peft=peft)
+        trainer = sft_trainer(run, model, processor, examples, checkpoints, **more)
     trainer.remove_callback(PrinterCallback)  # prints every log line as a dict where the trainer has no bar
     if run.geometry_every is not None:
         from deltalens.train.callback import UpdateGeometryCallback
@@ -97,6 +101,7 @@ def _opd_trainer(
     checkpoints: Path,
     *,
     peft: Any,
+    callbacks: list[Any],
 ) -> Any:
     from deltalens.train.opd import OPDConfig, OPDTrainer
     from deltalens.train.teachers import EndpointTeacher, check_tokenizers
@@ -133,7 +138,8 @@ def _opd_trainer(
         args=arguments,
         train_dataset=rows(examples),
         processing_class=processor,
-        reward=reward if run.reward_mix < 1 else None,
+        reward=reward,
+        callbacks=callbacks,
         peft_config=peft,
     )
 

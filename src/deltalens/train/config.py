@@ -20,6 +20,7 @@ __all__ = [
     "LoRA",
     "OPDRun",
     "OPSDRun",
+    "ProjectTo",
     "Run",
     "SFTRun",
     "SeqKDRun",
@@ -42,6 +43,18 @@ class LoRA(_Strict):
     target_modules: str | list[str] = "all-linear"
 
 
+class ProjectTo(_Strict):
+    """Train with gradients projected on the top right subspace of an early update, as [G] does.
+
+    Attributes:
+        update: an early checkpoint of a run from the same model.
+        k: dimension of the subspace.
+    """
+
+    update: str
+    k: int = Field(default=16, ge=1)
+
+
 class Run(_Strict):
     """Keys that every method has.
 
@@ -52,7 +65,11 @@ class Run(_Strict):
         steps: optimizer steps.
         prompts_per_step: different prompts in an optimizer step, over all processes.
         micro_batch: sequences a process takes through the model at a time; None: all of its share at once.
-        learning_rate, schedule, warmup_steps, weight_decay, max_grad_norm: AdamW's, after a linear warm-up.
+        learning_rate, schedule, warmup_steps, weight_decay, max_grad_norm: the optimizer's, after a linear
+            warm-up.
+        optimizer: AdamW unless told; `muon` trains the matrices alone.
+        mask: a mask file (`deltalens mask`): only its coordinates are trained.
+        project: train only a subspace of each matrix.
         weights: dtype that the weights are trained in. bfloat16 loses updates smaller than half a unit in the last
             place at every step; float32 rounds once, when the model is saved.
         bf16: run the forward passes under bfloat16 autocast.
@@ -78,6 +95,9 @@ class Run(_Strict):
     warmup_steps: int = Field(default=5, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    optimizer: Literal["adamw", "adamw-no-momentum", "sgd", "momentum", "rmsprop", "lion", "muon"] = "adamw"
+    mask: str | None = None
+    project: ProjectTo | None = None
     weights: Literal["float32", "bfloat16"] = "float32"
     bf16: bool = True
     seed: int = Field(default=0, ge=0)

@@ -26,7 +26,14 @@ __all__ = ["grpo_trainer", "sft_trainer", "teacher_replies"]
 
 
 def sft_trainer(
-    run: Run, model: Any, processor: Any, examples: Sequence[Example], checkpoints: Path, *, peft: Any = None
+    run: Run,
+    model: Any,
+    processor: Any,
+    examples: Sequence[Example],
+    checkpoints: Path,
+    *,
+    peft: Any = None,
+    callbacks: Sequence[Any] = (),
 ) -> Any:
     """TRL's `SFTTrainer` on the examples' answers; only the answer's tokens count in the loss."""
     from trl import SFTConfig, SFTTrainer
@@ -39,6 +46,7 @@ def sft_trainer(
         args=trl_arguments(SFTConfig, run, checkpoints),
         train_dataset=rows(examples, completions=True),
         processing_class=processor,
+        callbacks=list(callbacks),
         peft_config=peft,
     )
 
@@ -109,6 +117,7 @@ def grpo_trainer(
     checkpoints: Path,
     *,
     peft: Any = None,
+    callbacks: Sequence[Any] = (),
 ) -> Any:
     """TRL's `GRPOTrainer`; the reward is 1 where the task's scorer says right, else 0."""
     from trl import GRPOConfig, GRPOTrainer
@@ -134,5 +143,6 @@ def grpo_trainer(
         ),
         train_dataset=rows(examples),
         processing_class=processor,
+        callbacks=list(callbacks),
         peft_config=peft,
     )

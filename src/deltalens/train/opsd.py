@@ -23,7 +23,14 @@ _ALPHA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
 
 
 def opsd_trainer(
-    run: OPSDRun, model: Any, processor: Any, examples: Sequence[Example], checkpoints: Path, *, peft: Any = None
+    run: OPSDRun,
+    model: Any,
+    processor: Any,
+    examples: Sequence[Example],
+    checkpoints: Path,
+    *,
+    peft: Any = None,
+    callbacks: Sequence[Any] = (),
 ) -> Any:
     """TRL's `SDFTTrainer` with one method narrowed.
 
@@ -34,6 +41,7 @@ def opsd_trainer(
         examples: prompts and privileged contexts.
         checkpoints: the trainer's folder.
         peft: a PEFT config, to train an adapter.
+        callbacks: the trainer's, from its start on.
     """
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
@@ -65,6 +73,7 @@ def opsd_trainer(
         ),
         train_dataset=rows(examples),
         processing_class=processor,
+        callbacks=list(callbacks),
         peft_config=peft,
     )
     teacher: Any = trainer.teacher_model

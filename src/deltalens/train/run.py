@@ -41,7 +41,7 @@ from deltalens.train.watch import OnStep, Stop, interruptible, log_rows, watcher
 __all__ = ["RunResult", "model_hash", "train"]
 
 # Where model and teachers lie does not matter, their hashes are compared; the others change nothing of the result.
-_FREE = {"model", "teacher", "teachers", "save_master", "checkpoint_every", "geometry_every", "report_to"}
+_FREE = {"model", "mask", "teacher", "teachers", "save_master", "checkpoint_every", "geometry_every", "report_to"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,7 @@ def _manifest(run: Any, source: Path, teachers: dict[str, str], data: str) -> di
         "config": run.model_dump(mode="json", exclude={"output"}),
         "data_blake3": data,
         "model_blake3": model_hash(source),
+        "mask_blake3": None if run.mask is None else _file_hash(run.mask),
         "teachers_blake3": {name: model_hash(Path(path)) for name, path in teachers.items()},
         "versions": {
             "deltalens": __version__,
@@ -163,6 +164,13 @@ def model_hash(folder: Path) -> str:
         hasher.update(file.name.encode())
         hasher.update_mmap(file)
     return hasher.hexdigest()
+
+
+def _file_hash(path: str) -> str:
+    try:
+        return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"mask {path}: cannot be read ({error.strerror}); make one with `deltalens mask`") from None
 
 
 def _open(folder: Path, manifest: dict[str, Any], *, write: bool) -> bool:
@@ -182,7 +190,9 @@ def _open(folder: Path, manifest: dict[str, Any], *, write: bool) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{file}: cannot be read; use --fresh to start over, or another folder") from None
     changed = [k for k in manifest["config"] if config.get(k) != manifest["config"][k] and k not in _FREE]
-    changed += [k for k in ("data_blake3", "model_blake3", "teachers_blake3") if earlier.get(k) != manifest[k]]
+    changed += [
+        k for k in ("data_blake3", "model_blake3", "mask_blake3", "teachers_blake3") if earlier.get(k) != manifest[k]
+    ]
     if changed:
         raise ConfigError(
             f"{folder}: holds a run with another {', '.join(changed)}; use --fresh to start over, or another folder"
