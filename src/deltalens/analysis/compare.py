@@ -31,6 +31,7 @@ from deltalens.metrics.overlap import (
     RunCounts,
     Subspaces,
     expected_intersection,
+    expected_moments,
     leading_subspaces,
     measure_overlap,
     subspace_similarity,
@@ -212,12 +213,20 @@ def measure_tensor(runs: RunSet, tensor: RunTensor, settings: Settings, buffers:
                 "moments": list(one.moments),
                 "expected": _expected(histogram, visible_nulls[a], visible_nulls[b]),
                 "expected_nonzero": _expected(histogram, nonzero_nulls[a], nonzero_nulls[b]),
+                "expected_moments": None,
             }
         )
+        if (
+            cells is None
+            and grids[a] == grids[b] == "bf16"
+            and (left := visible_nulls[a])
+            and (right := visible_nulls[b])
+        ):
+            found[-1]["expected_moments"] = list(expected_moments(histogram, left, right, thresholds[a], thresholds[b]))
     row["pairs"] = found
     if first.is_matrix:
-        left, right = _similarities(_spaces(before, after, tensor.shape, counts))
-        for one_pair, ours, theirs in zip(found, left, right, strict=True):
+        similarities = _similarities(_spaces(before, after, tensor.shape, counts))
+        for one_pair, ours, theirs in zip(found, *similarities, strict=True):
             one_pair |= {"sim_left": ours[0], "sim_right": theirs[0], "sim_rank": theirs[1]}
     row["seconds"] = time.perf_counter() - start
     if first.is_matrix and settings.null_draws and before.dtype == np.uint16:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from deltalens.metrics.overlap import magnitude_correlation
+
 __all__ = ["pair_rows", "pooled_rows", "tensor_rows"]
 
 Row = dict[str, Any]
@@ -20,6 +22,7 @@ BOOTSTRAP_DRAWS = 1000
 NOT_CORE = ("embedding", "lm_head")
 KINDS = ("", "_nonzero")
 SIDES = ("right", "left")
+MOMENTS = ("n", "a1", "b1", "a2", "b2", "ab")
 # Means and ratios that carry a 95 % interval, by bootstrap over tensors.
 INTERVALS = (
     "lift", "excess", "lift_nonzero", "excess_nonzero", "sign_agreement", "sign_agreement_nonzero",
@@ -123,8 +126,9 @@ def _columns(rows: Sequence[Row], at: int, a: int, b: int) -> Columns:
         }
     out["energy_a"], out["energy_b"] = (np.array([row["delta_energy"][run] for row in rows]) for run in (a, b))
     out["dot"] = np.array([pair["dot"] for pair in pairs])
-    for i, name in enumerate(("a1", "b1", "a2", "b2", "ab")):
-        out[name] = np.array([pair["moments"][i] for pair in pairs])
+    for i, name in enumerate(MOMENTS):
+        out[name] = np.array([pair["moments"][i - 1] if i else pair["visible"] for pair in pairs], float)
+        out[f"null_{name}"] = np.array([(pair["expected_moments"] or (0.0,) * 6)[i] for pair in pairs])
     sizes = [[int(side) for side in row["shape"].split("x")] for row in rows]
     for side in SIDES:
         sims = [pair.get(f"sim_{side}") for pair in pairs]
@@ -172,11 +176,9 @@ def _statistics(s: Columns) -> Columns:
                 f"excess{kind}": s[f"null_both{kind}"] / null,
                 f"sign_agreement{kind}": s[f"same{kind}"] / both,
             }
-        count = s["both"]
-        spread_a, spread_b = s["a2"] - s["a1"] ** 2 / count, s["b2"] - s["b1"] ** 2 / count
-        defined = (count >= 2) & (spread_a > 1e-12 * s["a2"]) & (spread_b > 1e-12 * s["b2"])
-        correlation = (s["ab"] - s["a1"] * s["b1"] / count) / np.sqrt(np.where(defined, spread_a * spread_b, np.nan))
-        out["magnitude_correlation"] = np.clip(correlation, -1.0, 1.0)
+        for prefix, name in (("", "magnitude_correlation"), ("null_", "magnitude_correlation_null")):
+            count, *moments = (s[prefix + moment] for moment in MOMENTS)
+            out[name] = magnitude_correlation(count, moments)
         out["cosine"] = s["dot"] / np.sqrt(s["energy_a"] * s["energy_b"])
         for side in SIDES:
             mean, null = s[f"{side}_sim"] / s[f"{side}_matrices"], s[f"{side}_null"] / s[f"{side}_null_matrices"]

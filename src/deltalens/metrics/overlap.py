@@ -13,6 +13,7 @@ from itertools import combinations
 
 import numpy as np
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+from scipy.special import erfc
 
 from deltalens.metrics.blocks import block_slices, cut, is_tall
 from deltalens.metrics.lapack import leading_eigenvectors
@@ -25,6 +26,7 @@ __all__ = [
     "RunCounts",
     "Subspaces",
     "expected_intersection",
+    "expected_moments",
     "leading_subspaces",
     "magnitude_correlation",
     "measure_overlap",
@@ -35,6 +37,7 @@ SUBSPACE = 16  # K of Sim_K
 BAND = 1 << 14  # coordinates taken at a time: the differences of a few runs stay in the cache
 SINGLE_GAP = 1e-4  # (λ_K − λ_{K+1})/λ₁ below which a float32 Gram matrix does not separate the two
 RANK = 1e-12  # λ/λ₁ below which a direction is rounding noise
+SMOOTH = 16  # spacings a scale from which a rounded step is as good as one that is not
 DENSE = 48  # shorter sides up to which all eigenvectors cost less than a few
 
 
@@ -115,15 +118,53 @@ def expected_intersection(histogram: np.ndarray, a: RoundingNull, b: RoundingNul
     return float((histogram * a.probability * b.probability).sum())
 
 
-def magnitude_correlation(count: float, moments: Sequence[float]) -> float | None:
-    """Pearson correlation of |ΔA| and |ΔB| over `count` coordinates from `Joint.moments`; None where undefined."""
-    a1, b1, a2, b2, ab = moments
-    if count < 2:
-        return None
-    spread_a, spread_b = a2 - a1 * a1 / count, b2 - b1 * b1 / count
-    if spread_a <= 1e-12 * a2 or spread_b <= 1e-12 * b2:
-        return None
-    return float(np.clip((ab - a1 * b1 / count) / np.sqrt(spread_a * spread_b), -1.0, 1.0))
+def expected_moments(
+    histogram: np.ndarray, a: RoundingNull, b: RoundingNull, tau_a: float, tau_b: float
+) -> tuple[float, ...]:
+    """What `Joint.visible` and `Joint.moments` are to be under the rounding null of a bf16 grid: (6,).
+
+    Given w the two updates are independent, so each expectation is Σ_w of a product. A step of several spacings is
+    taken to find the spacing at w all along, which is off only near the powers of two.
+    """
+    first_a, second_a = _word_moments(a.scale, tau_a)
+    first_b, second_b = _word_moments(b.scale, tau_b)
+    terms = (
+        a.probability * b.probability, first_a * b.probability, a.probability * first_b,
+        second_a * b.probability, a.probability * second_b, first_a * first_b,
+    )  # fmt: skip
+    return tuple(float((histogram * term).sum()) for term in terms)
+
+
+def _word_moments(scale: float, tau: float) -> tuple[np.ndarray, np.ndarray]:
+    """E[|Δ|; |Δ| > τ] and E[Δ²; |Δ| > τ] of bf16(w + s·N) − w by w's magnitude word: float64[32768] each."""
+    spacing = np.ldexp(1.0, np.maximum(np.arange(256), 1) - 127 - 7)  # by exponent
+    first, second = np.empty(256), np.empty(256)
+    root = np.sqrt(2.0) * scale
+    smooth = spacing < scale / SMOOTH
+    x = tau / scale
+    first[smooth] = scale * np.sqrt(2 / np.pi) * np.exp(-0.5 * x * x)
+    second[smooth] = scale**2 * (erfc(x / np.sqrt(2.0)) + np.sqrt(2 / np.pi) * x * np.exp(-0.5 * x * x))
+    step = spacing[~smooth, None]
+    start = np.floor(tau / step) + 1.0  # spacings of the smallest visible Δ
+    j = start + np.arange(8 * SMOOTH)  # beyond, 8 scales away, nothing is left
+    reached = erfc((j - 0.5) * step / root)  # P(|Δ| ≥ j spacings)
+    first[~smooth] = (step * (reached.sum(axis=1, keepdims=True) + (start - 1) * reached[:, :1]))[:, 0]
+    squares = ((2 * j - 1) * reached).sum(axis=1, keepdims=True) + (start - 1) ** 2 * reached[:, :1]
+    second[~smooth] = (step**2 * squares)[:, 0]
+    return np.repeat(first, BINS // 256), np.repeat(second, BINS // 256)
+
+
+def magnitude_correlation(count: np.ndarray, moments: Sequence[np.ndarray]) -> np.ndarray:
+    """Pearson correlation of |ΔA| and |ΔB| from sums over `count` coordinates, in the order of `Joint.moments`.
+
+    Arrays of any one shape (or numbers); NaN where undefined: nothing in common, or magnitudes that are all alike.
+    """
+    count, (a1, b1, a2, b2, ab) = np.asarray(count, float), moments
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread_a, spread_b = a2 - a1**2 / count, b2 - b1**2 / count
+        defined = (count > 0) & (spread_a > 1e-12 * a2) & (spread_b > 1e-12 * b2)
+        spread = np.sqrt(np.where(defined, spread_a * spread_b, np.nan))
+        return np.asarray(np.clip((ab - a1 * b1 / count) / spread, -1.0, 1.0))
 
 
 @dataclass(frozen=True, slots=True)

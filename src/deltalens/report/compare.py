@@ -20,7 +20,8 @@ NOTE = (
     "with its own scale a tensor and rounded once at the end; both find small weights easier to move, so they overlap "
     "more than p_A·p_B. An excess of 1: rounding explains the overlap (interval: 95 %, bootstrap over tensors). One "
     "scale a tensor misfits embeddings, hence core (without embedding and LM head); the null does not fit weights "
-    "trained in bf16 step by step. Sign agreement is 0.5 where nothing but the spacing is shared."
+    "trained in bf16 step by step. |Δ| corr.: of the magnitudes "
+    "where both changed. Sign agreement is 0.5 where nothing but the spacing is shared."
 )
 SIM_NOTE = (
     "Sim_16: mean over matrices of ‖AᵀB‖²/16 for the leading singular vectors of both updates. Rounding alone lifts it "
@@ -98,11 +99,13 @@ def _overlap_table(rows: Sequence[_Line], title: str, first: str, note: str = ""
             (
                 label, percent(v.get(side)), percent(v.get(f"{side}_random")), percent(v.get(f"{side}_null")),
                 with_interval(v, f"{side}_excess"), number(v.get("lift")), number(v.get("sign_agreement")),
-                number(v.get("magnitude_correlation")), number(v.get("jaccard")), number(v.get("cosine")),
+                number(v.get("magnitude_correlation")), number(v.get("magnitude_correlation_null")),
+                number(v.get("jaccard")), number(v.get("cosine")),
             )
         )  # fmt: skip
     columns = (
-        first, "seen", "random", "null", "over null", "over random", "signs", "|Δ| corr.", "Jaccard", "cosine",
+        first, "seen", "random", "null", "over null", "over random", "signs", "|Δ| corr.", "its null", "Jaccard",
+        "cosine",
     )  # fmt: skip
     return Table(title, columns, tuple(cells), note)
 
@@ -178,7 +181,7 @@ def print_compare(pairs: pl.DataFrame, summary: Mapping[str, Any], console: Cons
             f"{settings.get('compare_dtype')}, visible: |Δ| > {settings.get('threshold', 1e-5):g}"
         )
     )
-    drop = ("over random", "|Δ| corr.", "Jaccard", "cosine") if console.width < _NARROW else ()
+    drop = ("over random", "|Δ| corr.", "its null", "Jaccard", "cosine") if console.width < _NARROW else ()
     print_table(_runs_table(summary), console)
     print_table(_overlap_table(_pair_lines(summary), "What the updates share", "updates of", NOTE), console, drop=drop)
     print_table(_subspace_table(_direction_lines(summary), "Directions", "runs, side", SIM_NOTE), console)
