@@ -212,3 +212,50 @@ def test_the_mass_of_the_others_is_never_negative(server: Server) -> None:
     )
     view = endpoint(server).rows([[1, 2, 3]], [1], 1, "cpu")
     assert view.tail.tolist() == [-math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("loss", ["topk_forward_kl", "k1"])
+def test_a_trainer_learns_the_same_from_an_endpoint(
+    loss: str, server: Server, tiny_model: Path, tmp_path: Path
+) -> None:
+    """As from the model itself: same rollouts, same curve, up to what log 1 − Σp loses of the tail."""
+    from datasets import Dataset
+
+    from deltalens.train.opd import OPDConfig, OPDTrainer
+    from deltalens.train.tasks import Sums
+
+    prompts = [{"prompt": [{"role": "user", "content": e.prompt}]} for e in Sums().train(8)]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in server.model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+    curves = []
+    for teacher in (server.model, endpoint(server)):
+        with quiet_libraries():
+            run = OPDTrainer(
+                model=load_model(tiny_model, "float32"),
+                teacher_model=teacher,
+                args=OPDConfig(
+                    output_dir=str(tmp_path),
+                    loss=loss,
+                    topk=8,
+                    max_steps=2,
+                    per_device_train_batch_size=4,
+                    max_completion_length=4,
+                    learning_rate=1e-3,
+                    token_share=0.5,
+                    bf16=False,
+                    use_cpu=True,
+                    report_to=[],
+                    save_strategy="no",
+                    logging_steps=1,
+                    disable_tqdm=True,
+                ),
+                train_dataset=Dataset.from_list(prompts),
+                processing_class=load_tokenizer(tiny_model),
+            )
+            run.train()
+        curves.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+    assert len(curves[0]) == 2
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert all(abs(value) > 0.01 for value in curves[0])
