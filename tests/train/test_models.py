@@ -15,7 +15,7 @@ from deltalens.train.models import load_model, load_tokenizer, quiet_libraries, 
 
 
 def test_modules_import_no_torch() -> None:
-    names = ("demo", "embedded", "evaluate", "models", "opsd", "progress", "statistics", "tasks")
+    names = ("demo", "embedded", "evaluate", "models", "opsd", "progress", "small_vlm", "statistics", "tasks")
     code = "import sys\n" + "".join(f"import deltalens.train.{name}\n" for name in names)
     code += "print(sorted({'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
