@@ -317,6 +317,12 @@ def test_float32_checkpoints(sides, write_checkpoint, dtype):
     assert any("finer than bf16" in warning for warning in result.summary["warnings"]) == (dtype == "bf16")
 
 
+def test_a_run_of_another_source_is_named(folders, write_checkpoint):
+    other = write_checkpoint(make_runs(SHAPES, (1e-4,), seed=9)[1])
+    warnings = deltalens.compare(folders[0], [folders[1], other], null_draws=0).summary["warnings"]
+    assert [w.split(":")[0] for w in warnings if "probably not trained from" in w] == [other.name]
+
+
 def test_names_are_unique():
     assert run_names(["a/x", "b/y"]) == ("x", "y")
     assert run_names(["a/x/", "b/x", "c"]) == ("a/x", "b/x", "c")

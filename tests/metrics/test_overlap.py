@@ -189,6 +189,14 @@ def test_an_update_of_low_rank_has_only_its_directions():
     assert overlap.leading_subspaces(before, before).left.shape == (90, 0)
 
 
+def test_energy_of_a_histogram():
+    values = np.random.default_rng(10).standard_normal(1000).astype(np.float32)
+    for side, error in ((words(values), 1e-12), (values, 0.01)):
+        histogram = overlap.measure_overlap(side, [side, side], [0.0, 0.0])[0]
+        want = (side.view(BF16) if side.dtype == np.uint16 else side).astype(np.float64)
+        assert overlap.histogram_energy(histogram) == pytest.approx((want**2).sum(), rel=error)
+
+
 def test_similarity_of_subspaces():
     basis = np.linalg.qr(np.random.default_rng(8).standard_normal((40, 40)))[0].astype(np.float32)
     assert overlap.subspace_similarity(basis[:, :16], basis[:, :16]) == (pytest.approx(1), 16)

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from deltalens._version import __version__
-from deltalens.analysis.analyze import writing
+from deltalens.analysis.analyze import FAR, writing
 from deltalens.analysis.compare_summary import pair_rows, pooled_rows, tensor_rows
 from deltalens.analysis.engine import Progress, run_all
 from deltalens.analysis.journal import Journal
@@ -32,6 +32,7 @@ from deltalens.metrics.overlap import (
     Subspaces,
     expected_intersection,
     expected_moments,
+    histogram_energy,
     leading_subspaces,
     measure_overlap,
     subspace_similarity,
@@ -199,6 +200,7 @@ def measure_tensor(runs: RunSet, tensor: RunTensor, settings: Settings, buffers:
         "visible": [c.visible for c in counts],
         "nonzero": [c.nonzero for c in counts],
         "delta_energy": [c.energy for c in counts],
+        "source_energy": histogram_energy(histogram),
         "scale": [None if null is None else null.scale for null in nonzero_nulls],
     }
     found = []
@@ -302,6 +304,13 @@ def _result(runs: RunSet, rows: list[dict[str, Any]], chosen: dict[str, Any], se
     warnings = list(runs.warnings)
     if bad := [row["name"] for row in rows if row["nonfinite_count"]]:
         warnings.append(f"NaN or Inf in {len(bad)} tensors, left out: {', '.join(bad[:5])}")
+    for i, name in enumerate(runs.names):
+        moved = [row["delta_energy"][i] > FAR**2 * row["source_energy"] for row in finite]
+        if 2 * sum(moved) > len(moved):
+            warnings.append(
+                f"{name}: most tensors differ by more than {FAR:.0%} of their norm; it was probably not trained from "
+                "SOURCE"
+            )
     finer = {"F32", "F64", "F16"}
     cast = sum(t.first.source_dtype in finer and all(p.trained_dtype in finer for p in t.pairs) for t in runs.tensors)
     if settings.compare == "bf16" and cast:

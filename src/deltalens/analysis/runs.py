@@ -94,27 +94,37 @@ class RunSet:
             CheckpointError: a tensor's bytes cannot be read.
         """
         pair = tensor.first
-        raw = _read(self.source, pair.source_name, pair.source_start, pair.count, buffers, "source", compare)
+        kept = tensor.count * (1 + len(self.runs)) <= 2 * SMALL_ELEMENTS
+        raw = _read(self.source, pair.source_name, pair.source_start, pair.count, buffers, "source", compare, kept=kept)
         before = prepare(raw, pair.source_dtype, compare)
         fine = None
         if compare == "bf16" and pair.source_dtype != "BF16":
             fine = prepare(raw, pair.source_dtype, "fp32").copy()
         after = []
         for i, (run, pair) in enumerate(zip(self.runs, tensor.pairs, strict=True)):
-            raw = _read(run, pair.trained_name, pair.trained_start, pair.count, buffers, f"run {i}", compare)
+            side = f"run {i}"
+            raw = _read(run, pair.trained_name, pair.trained_start, pair.count, buffers, side, compare, kept=kept)
             after.append(prepare(raw, pair.trained_dtype, compare))
         return before, after, fine
 
 
 def _read(
-    checkpoint: Checkpoint, name: str, start: int, count: int, buffers: Buffers, side: str, compare: Compare
+    checkpoint: Checkpoint,
+    name: str,
+    start: int,
+    count: int,
+    buffers: Buffers,
+    side: str,
+    compare: Compare,
+    *,
+    kept: bool,
 ) -> np.ndarray:
     dtype = checkpoint.entries[name].dtype
     nbytes = count * DTYPE_BYTES[dtype]
     if compare == "bf16" and dtype != "BF16":
         side = "cast"  # the bytes are cast into a new array: one buffer serves all sides
     # A thread keeps its buffers, which must not add up: large tensors, of which few are alive at once, get their own.
-    buffer = buffers.take(side, nbytes) if count <= SMALL_ELEMENTS else np.empty(nbytes, np.uint8)
+    buffer = buffers.take(side, nbytes) if kept else np.empty(nbytes, np.uint8)
     return checkpoint.read(name, buffer, start=start, count=count)
 
 

@@ -16,9 +16,11 @@ from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from scipy.special import erfc
 
 from deltalens.metrics.blocks import block_slices, cut, is_tall
+from deltalens.metrics.coordinate_kernels import BINS, NONFINITE
 from deltalens.metrics.lapack import leading_eigenvectors
 from deltalens.metrics.overlap_kernels import count_magnitudes, count_pair, count_run, subtract, word_magnitudes
-from deltalens.metrics.rounding_null import BINS, RoundingNull
+from deltalens.metrics.rounding_null import RoundingNull
+from deltalens.metrics.values import word_values
 
 __all__ = [
     "SUBSPACE",
@@ -27,6 +29,7 @@ __all__ = [
     "Subspaces",
     "expected_intersection",
     "expected_moments",
+    "histogram_energy",
     "leading_subspaces",
     "magnitude_correlation",
     "measure_overlap",
@@ -116,6 +119,11 @@ def expected_intersection(histogram: np.ndarray, a: RoundingNull, b: RoundingNul
     `histogram`: int64[32768], weights by magnitude word. `a`, `b`: the nulls fitted to each run's own density.
     """
     return float((histogram * a.probability * b.probability).sum())
+
+
+def histogram_energy(histogram: np.ndarray) -> float:
+    """‖W‖² from the int64[32768] histogram of finite magnitudes; exact for bf16, else to a bin's width (0.8 %)."""
+    return float((histogram[:NONFINITE] * word_values(np.arange(NONFINITE)).astype(np.float64) ** 2).sum())
 
 
 def expected_moments(
