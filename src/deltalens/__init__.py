@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     )
     from deltalens.subnetwork.projection import Projection
     from deltalens.train.callback import UpdateGeometryCallback
+    from deltalens.train.opd import OPDConfig, OPDTrainer
+    from deltalens.train.teachers import EndpointTeacher
 
 __all__ = [
     "AnalysisResult",
@@ -38,6 +40,9 @@ __all__ = [
     "CompactSGD",
     "CompactSGDMomentum",
     "CompareResult",
+    "EndpointTeacher",
+    "OPDConfig",
+    "OPDTrainer",
     "Projection",
     "Settings",
     "SubnetworkCallback",
@@ -63,6 +68,9 @@ _HOMES = {
     "CompactSGD": "deltalens.subnetwork.optimizers",
     "CompactSGDMomentum": "deltalens.subnetwork.optimizers",
     "CompareResult": "deltalens.analysis.compare",
+    "EndpointTeacher": "deltalens.train.teachers",
+    "OPDConfig": "deltalens.train.opd",
+    "OPDTrainer": "deltalens.train.opd",
     "Projection": "deltalens.subnetwork.projection",
     "Settings": "deltalens.analysis",
     "SubnetworkCallback": "deltalens.subnetwork.callback",

@@ -64,7 +64,14 @@ def another(model: Path, seed: int = 1) -> Any:
 
 
 def trainer(
-    model: Path, folder: Path, *, teacher: Any = None, count: int = 8, reward: Any = None, **changes: Any
+    model: Path,
+    folder: Path,
+    *,
+    teacher: Any = None,
+    count: int = 8,
+    reward: Any = None,
+    peft_config: Any = None,
+    **changes: Any,
 ) -> Any:
     from datasets import Dataset
 
@@ -77,6 +84,7 @@ def trainer(
         train_dataset=Dataset.from_list(rows(count)),
         processing_class=load_tokenizer(model),
         reward=reward,
+        peft_config=peft_config,
     )
 
 
@@ -316,6 +324,27 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, tmp_path: Path
     with pytest.raises(DeltalensError, match=r"step 1: the loss is nan; batch of 4: .*last good checkpoint: none"):
         run.train()
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+
+
+def test_a_student_without_probabilities_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    run = trainer(tiny_model, tmp_path)
+    with torch.no_grad():
+        run.model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(DeltalensError, match=r"step 1: the student gives no probabilities any more; batch of 4"):
+        run.train()
+
+
+def test_an_adapter_is_trained_alone(tiny_model: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    run = trainer(tiny_model, tmp_path, peft_config=LoraConfig(r=2, target_modules="all-linear"))
+    names = {name for name, weight in run.model.named_parameters() if weight.requires_grad}
+    assert names
+    assert all("lora_" in name for name in names)
+    before = {name: weight.clone() for name, weight in run.model.named_parameters()}
+    run.train()
+    moved = {name for name, weight in run.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert moved == names
 
 
 def test_what_cannot_be_meant_is_refused(tiny_model: Path, tmp_path: Path) -> None:

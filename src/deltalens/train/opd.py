@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -293,8 +294,8 @@ class OPDTrainer(Guarded, DistillationTrainer):
                 for name in ("sampling", "reward")
                 if name in inputs
             }
-            weight: Any = head.weight
-            with maybe_gather_lm_head_ctx(weight, head.bias):  # type: ignore[arg-type]  # any tensor will do
+            parameters: Any = head.weight, head.bias
+            with maybe_gather_lm_head_ctx(*parameters):
                 loss = self._objective(
                     hidden.to(device)[keep], head, self._views(inputs, keep), tokens, self._measures, **constants
                 )
@@ -319,6 +320,11 @@ class OPDTrainer(Guarded, DistillationTrainer):
             inner = self.accelerator.unwrap_model(teacher)
             batch = inputs if sequences is None else _some(inputs, sequences)
             hidden, head = self._forward_redirection(teacher, inner, self._states, inner, batch)
+            if hasattr(head.weight, "ds_id"):  # ZeRO-3 has it sharded again outside of its module's forward
+                parameters: Any = head.weight, head.bias
+                with maybe_gather_lm_head_ctx(*parameters):
+                    bias = None if head.bias is None else head.bias.clone()
+                    head = replace(head, weight=head.weight.clone(), bias=bias)
             return hidden.to(keep.device), head
 
         return self._teachers.rows(keep, inputs.get("teacher"), states)
