@@ -9,12 +9,14 @@ import polars as pl
 import pytest
 import torch
 from callback_fixtures import Recorder, make_trainer, save_rounded
-from transformers import LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForImageTextToText, LlamaForCausalLM, TrainerCallback
+from vision_fixtures import tiny_idefics3, tiny_llava
 
 import deltalens
 from deltalens import UpdateGeometryCallback
+from deltalens.checkpoint import open_checkpoint, pair_checkpoints
 from deltalens.errors import CheckpointError, ConfigError, DeltalensError
-from deltalens.train.live_weights import live_tensors
+from deltalens.train.live_weights import LiveWeights, live_tensors
 from deltalens.train.models import quiet_libraries
 
 
@@ -222,6 +224,19 @@ def test_names_are_those_of_files_through_every_wrapper(tiny_model: Path) -> Non
     merged = live.gather(wanted=True)
     assert merged is not None
     torch.testing.assert_close(merged, module.base_layer.weight.float() + module.get_delta_weight("default").float())
+
+
+@pytest.mark.parametrize("make", [tiny_idefics3, tiny_llava])
+def test_every_tensor_of_a_vision_language_model_is_measured(make: Any, tmp_path: Path) -> None:
+    """Loaded, such a model names its tensors otherwise than its files do."""
+    folder = make(tmp_path / "model")
+    with quiet_libraries():
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    with open_checkpoint(folder) as source:
+        pairing = pair_checkpoints(source, LiveWeights(model, main=True).as_checkpoint())
+        assert len(pairing.pairs) == len(source.entries)
+    assert not [skipped for skipped in pairing.skipped if "tied" not in skipped.reason]
+    assert {pair.role.split(".")[0] for pair in pairing.pairs} >= {"vision", "ffn", "attention", "norm"}
 
 
 def test_what_cannot_be_measured_is_refused_in_a_line(tiny_model: Path, tmp_path: Path) -> None:
