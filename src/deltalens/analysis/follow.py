@@ -21,16 +21,17 @@ from deltalens.analysis.settings import Settings
 from deltalens.analysis.spectral import SpectralColumns, excess
 from deltalens.checkpoint.base import Checkpoint
 from deltalens.checkpoint.pairing import TensorPair
-from deltalens.metrics.blocks import delta_blocks
+from deltalens.metrics.alignment import DeltaPass, delta_pass, delta_pass_and_gram
+from deltalens.metrics.blocks import BLOCK_ELEMENTS, delta_blocks
 from deltalens.metrics.coordinates import Coordinates
 from deltalens.metrics.lapack import all_values_few_vectors
-from deltalens.metrics.masks import MaskSpec, MaskSums, PrincipalMembers
+from deltalens.metrics.masks import MaskSums, PrincipalMembers
 from deltalens.metrics.overlap import SUBSPACE, Subspaces, subspace_similarity
 from deltalens.metrics.random_values import subspace_similarity_random
 from deltalens.metrics.randomised import RankEstimate
-from deltalens.metrics.rounding_null import RoundingNull
+from deltalens.metrics.rounding_null import BINS, RoundingNull
 from deltalens.metrics.single_precision import long_vectors, single_delta_blocks
-from deltalens.metrics.spectrum import Factorisation, factorise_update
+from deltalens.metrics.spectrum import NEARLY_SQUARE, Blocks, Factorisation, factorise_update
 from deltalens.metrics.trajectory import MaskHistory, overlap, pack_visible, product_subspaces, subspaces
 
 __all__ = ["follow"]
@@ -50,7 +51,7 @@ class _Seen:
 
 
 class _Keeping(SpectralColumns):
-    """Keeps the leading subspaces of Δ and of its null's draws, and shares the source's masks."""
+    """Keeps the leading subspaces of Δ and of its null's draws."""
 
     kept: _Seen
     members: list[PrincipalMembers]  # of the source; empty until the first checkpoint has made it
@@ -66,9 +67,7 @@ class _Keeping(SpectralColumns):
         self.kept.draw_seconds = time.perf_counter() - start
         return row
 
-    def _delta_values(self, after: np.ndarray) -> np.ndarray:
-        blocks = partial(delta_blocks, self.before, after)
-        factors = factorise_update(blocks, self.length, self.width, min(SUBSPACE, self.width))
+    def _keep(self, after: np.ndarray, factors: Factorisation) -> np.ndarray:
         found = subspaces(factors, self.before.shape)
         if after is self.after:
             self.kept.update = found
@@ -76,14 +75,42 @@ class _Keeping(SpectralColumns):
             self.kept.draws.append(found)
         return factors.values
 
+    def _delta_values(self, after: np.ndarray) -> np.ndarray:
+        blocks = partial(delta_blocks, self.before, after)
+        return self._keep(after, factorise_update(blocks, self.length, self.width, min(SUBSPACE, self.width)))
+
 
 class _ExactColumns(_Keeping):
-    def mask_sums(
-        self, factors: Factorisation, shape: tuple[int, int], weights: Any, masks: Sequence[MaskSpec], codes: Any
-    ) -> list[MaskSums]:
+    """Shares one pass over Δ between its spectrum and its projections, and the principal masks between checkpoints."""
+
+    _passed: tuple[np.ndarray, Blocks, DeltaPass, np.ndarray | None] | None = None  # of which Δ, and what was made
+
+    def _pass(self, after: np.ndarray) -> tuple[Blocks, DeltaPass, np.ndarray | None]:
+        if self._passed is None or self._passed[0] is not after:
+            blocks: Blocks = partial(delta_blocks, self.before, after)
+            if self.before.size <= BLOCK_ELEMENTS:  # one block: made once for all that follows
+                made = list(blocks())
+                blocks = lambda: made  # noqa: E731
+            if self.length <= NEARLY_SQUARE * self.width:
+                self._passed = after, blocks, delta_pass(blocks, self.width, self.source), None
+            else:
+                self._passed = after, blocks, *delta_pass_and_gram(blocks, self.width, self.source)
+        return self._passed[1:]
+
+    def _delta_pass(self, after: np.ndarray) -> DeltaPass:
+        return self._pass(after)[1]
+
+    def _delta_values(self, after: np.ndarray) -> np.ndarray:
+        blocks, _, products = self._pass(after)
+        k = min(SUBSPACE, self.width)
+        return self._keep(after, factorise_update(blocks, self.length, self.width, k, products))
+
+    def _principal_sums(self, codes: Any, nulls: tuple[RoundingNull | None, ...]) -> list[MaskSums]:
         if not self.members:
-            self.members.append(PrincipalMembers(factors, shape, masks))
-        return self.members[0].sums(weights, codes)
+            self.members.append(PrincipalMembers(self.source, self.before.shape, [mask for mask, _ in self.masks]))
+        without = np.zeros(BINS)
+        visible, nonzero = (without if null is None else null.probability for null in nulls)
+        return self.members[0].sums(self.before, self.after, self.tau, (visible, nonzero))
 
 
 class _FastColumns(_Keeping, FastColumns):

@@ -17,7 +17,7 @@ from deltalens.metrics import random_values
 from deltalens.metrics.alignment import DeltaPass, delta_pass, principal_sines, projections, spectral_shift
 from deltalens.metrics.blocks import delta_blocks, is_tall, value_blocks
 from deltalens.metrics.coordinates import Coordinates, low_magnitude_coverage, measure_coordinates
-from deltalens.metrics.masks import MaskSpec, entry_codes, principal_mask_sums
+from deltalens.metrics.masks import MaskSpec, MaskSums, entry_codes, principal_mask_sums
 from deltalens.metrics.rounding_null import RoundingNull
 from deltalens.metrics.spectrum import (
     TOP_ENERGIES,
@@ -174,9 +174,7 @@ class SpectralColumns:
     ) -> dict[str, Any]:
         """Principal coverage of the visible and nonzero updates, its random value, null and excess."""
         counts = (self.c.visible, self.c.nonzero)
-        sums = self.mask_sums(
-            self.source, self.before.shape, _entry_weights(nulls), [mask for mask, _ in self.masks], codes
-        )
+        sums = self._principal_sums(codes, nulls)
         row: dict[str, Any] = {}
         for (_, suffix), total in zip(self.masks, sums, strict=True):
             for i, kind in enumerate(kinds):
@@ -189,6 +187,13 @@ class SpectralColumns:
                 row[f"{name}_null"] = expected
                 row[f"{name}_excess"] = excess(seen, expected)
         return row
+
+    def _principal_sums(
+        self, codes: Callable[[slice], np.ndarray], nulls: tuple[RoundingNull | None, ...]
+    ) -> list[MaskSums]:
+        """For each mask: visible updates, nonzero updates, and Σ P over it for both nulls (0 without one)."""
+        masks = [mask for mask, _ in self.masks]
+        return self.mask_sums(self.source, self.before.shape, _entry_weights(nulls), masks, codes)
 
     def master_columns(self, master: np.ndarray | None) -> dict[str, Any]:
         """Both coverages of the float32 update that rounding has not touched, |W_master − W| > τ."""

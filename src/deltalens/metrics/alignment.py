@@ -9,7 +9,7 @@ import numpy as np
 
 from deltalens.metrics.spectrum import Blocks, Factorisation
 
-__all__ = ["DeltaPass", "delta_pass", "principal_sines", "projections", "spectral_shift"]
+__all__ = ["DeltaPass", "delta_pass", "delta_pass_and_gram", "principal_sines", "projections", "spectral_shift"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,17 @@ def delta_pass(blocks: Blocks, width: int, source: Factorisation) -> DeltaPass:
         on_long += basis.T @ block
         core += basis.T @ image
     return DeltaPass(np.einsum("kd,kd->k", on_long, on_long), short_energy, core)
+
+
+def delta_pass_and_gram(blocks: Blocks, width: int, source: Factorisation) -> tuple[DeltaPass, np.ndarray]:
+    """`delta_pass` and Δ's Gram matrix (d, d), which spares one of its two products: ‖Δv‖² = vᵀ(ΔᵀΔ)v."""
+    on_long = np.zeros((source.long.shape[1], width))
+    total = np.zeros((width, width))
+    for part, block in blocks():
+        total += block.T @ block
+        on_long += source.long[part].T @ block
+    short_energy = np.einsum("dk,dk->k", source.short, total @ source.short)
+    return DeltaPass(np.einsum("kd,kd->k", on_long, on_long), short_energy, on_long @ source.short), total
 
 
 def projections(passed: DeltaPass, energy: float, k: int) -> tuple[float, float, float]:

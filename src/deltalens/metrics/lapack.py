@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numba.extending import get_cython_function_address
 
-__all__ = ["all_values_few_vectors", "leading_eigenvectors"]
+__all__ = ["all_singular_values_few_vectors", "all_values_few_vectors", "leading_eigenvectors"]
 
 BLOCK = 64  # columns a blocked Householder step takes at most; sizes the workspaces
 
@@ -88,15 +88,58 @@ def all_values_few_vectors(matrix: np.ndarray, k: int) -> tuple[np.ndarray, np.n
     if n < 2:
         return matrix.reshape(-1).copy(), np.ones((n, k))
     diagonal, off, reflectors = np.empty(n), np.zeros(n), np.empty(n - 1)
-    work = np.empty(max(18 * n, k * BLOCK, n * BLOCK))
+    work = np.empty(max(n, k) * BLOCK)
     _call("dsytrd", b"L", n, matrix, n, diagonal, off, reflectors, work, work.size)
     values = diagonal.copy()
     _call("dsterf", n, values, off.copy())
-    top, found = np.empty((k, n)), np.empty(n)  # row i of `top` is column i for LAPACK, ascending
+    top = _top_of_tridiagonal(diagonal, off, k)
+    _call("dormtr", b"L", b"L", b"N", n, k, matrix, n, reflectors, top, n, work, work.size)
+    return values[::-1].copy(), np.ascontiguousarray(top[::-1].T)
+
+
+def _top_of_tridiagonal(diagonal: np.ndarray, off: np.ndarray, k: int) -> np.ndarray:
+    """The eigenvectors (k, n) of the k largest eigenvalues, ascending, as rows; both arguments (n,) are overwritten."""
+    n = diagonal.size
+    top, found, work = np.empty((k, n)), np.empty(n), np.empty(18 * n)
     support, integers, unused = np.empty(2 * k, np.int32), np.empty(10 * n, np.int32), np.zeros(1)
     counted, robust = np.zeros(1, np.int32), np.ones(1, np.int32)
     _call("dstemr", b"V", b"I", n, diagonal, off, unused, unused, n - k + 1, n, counted, found, top, n, k, support,
           robust, work, work.size, integers, integers.size)  # fmt: skip
     assert counted[0] == k, (int(counted[0]), k)
-    _call("dormtr", b"L", b"L", b"N", n, k, matrix, n, reflectors, top, n, work, work.size)
-    return values[::-1].copy(), np.ascontiguousarray(top[::-1].T)
+    return top
+
+
+def all_singular_values_few_vectors(matrix: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every singular value, and the right singular vectors of the `k` largest, from one bidiagonalisation.
+
+    The values are those of LAPACK's dqds, accurate down to the smallest. The vectors are eigenvectors of BᵀB, B being
+    the bidiagonal factor: for values within 1e-2 of the largest they are as good as those of a full decomposition.
+
+    Args:
+        matrix: (m, n) float64, m ≥ n.
+        k: number of vectors.
+
+    Returns:
+        values (n,), descending, and vectors (n, k), orthonormal columns in the same order.
+
+    Raises:
+        numpy.linalg.LinAlgError: LAPACK did not converge.
+    """
+    m, n = matrix.shape
+    assert m >= n
+    assert matrix.dtype == np.float64
+    if n < 2:
+        return np.linalg.norm(matrix, axis=0), np.ones((n, k))
+    columns = np.array(matrix.T, order="C")  # LAPACK's (m, n), column by column
+    diagonal, off = np.empty(n), np.zeros(n)
+    left, right, work = np.empty(n), np.empty(n), np.empty((m + n) * BLOCK)
+    _call("dgebrd", m, n, columns, m, diagonal, off, left, right, work, work.size)
+    values, rest, none = diagonal.copy(), off.copy(), np.zeros(1)
+    _call("dbdsqr", b"U", n, 0, 0, 0, values, rest, none, 1, none, 1, none, 1, np.empty(4 * n))
+    squares = diagonal**2
+    squares[1:] += off[: n - 1] ** 2
+    coupling = np.zeros(n)
+    coupling[: n - 1] = diagonal[: n - 1] * off[: n - 1]
+    top = _top_of_tridiagonal(squares, coupling, k)
+    _call("dormbr", b"P", b"L", b"N", n, k, m, columns, m, right, top, n, work, work.size)
+    return values, np.ascontiguousarray(top[::-1].T)

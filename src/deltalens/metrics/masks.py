@@ -17,7 +17,7 @@ import numpy as np
 
 from deltalens.metrics.blocks import block_slices, cut, is_tall
 from deltalens.metrics.spectrum import Factorisation
-from deltalens.metrics.values import ceil_share, delta_float64
+from deltalens.metrics.values import ceil_share, delta_float64, narrow_single, widen_word
 
 __all__ = [
     "KEYS",
@@ -72,18 +72,19 @@ def principal_mask_sums(
         masks: the masks, by ascending rank.
         codes: gives the integer codes of a part of the longer side, flat, in the matrix's own orientation.
     """
-    accumulators, _ = _accumulate(factors, shape, weights, masks, codes)
+    accumulators, held = _thresholds(factors, shape, weights, masks)
+    for part in block_slices(shape):
+        piece = codes(part)
+        again = held or _reconstructions(factors, shape, part, masks)
+        for accumulator, block in zip(accumulators, again, strict=True):
+            accumulator.add(block.reshape(-1), piece)
     return [accumulator.result() for accumulator in accumulators]
 
 
-def _accumulate(
-    factors: Factorisation,
-    shape: tuple[int, int],
-    weights: np.ndarray,
-    masks: Sequence[MaskSpec],
-    codes: Callable[[slice], np.ndarray],
+def _thresholds(
+    factors: Factorisation, shape: tuple[int, int], weights: np.ndarray, masks: Sequence[MaskSpec]
 ) -> tuple[list[Accumulator], list[np.ndarray] | None]:
-    """Both passes; then R of every rank where it was small enough to be kept."""
+    """The first pass; then R of every rank where it was small enough to be kept."""
     slices = list(block_slices(shape))
     tables = [np.zeros(KEYS, np.int64) for _ in masks]
     largest = [0.0] * len(masks)
@@ -98,11 +99,6 @@ def _accumulate(
         Accumulator(table, top, ceil_share(mask.share, prod(shape)), weights)
         for mask, table, top in zip(masks, tables, largest, strict=True)
     ]
-    for part in slices:
-        piece = codes(part)
-        again = held or _reconstructions(factors, shape, part, masks)
-        for accumulator, block in zip(accumulators, again, strict=True):
-            accumulator.add(block.reshape(-1), piece)
     return accumulators, held
 
 
@@ -113,33 +109,55 @@ class PrincipalMembers:
     """
 
     def __init__(self, factors: Factorisation, shape: tuple[int, int], masks: Sequence[MaskSpec]) -> None:
-        def nothing(part: slice) -> np.ndarray:
-            return np.zeros((part.stop - part.start) * min(shape), np.int32)
-
-        accumulators, held = _accumulate(factors, shape, np.zeros((1, 1)), masks, nothing)
+        accumulators, held = _thresholds(factors, shape, np.zeros((1, 1)), masks)
         self.masks = tuple(masks)
         self.entries = [accumulator.entries for accumulator in accumulators]
         kind = np.uint8 if len(masks) <= 5 else np.uint32
-        states = np.arange(3 ** len(masks))
-        self.shares = np.zeros((states.size, len(masks)))  # of an entry of each state that counts as inside
-        edges = [accumulator.edges() for accumulator in accumulators]
-        for i, (_, _, share) in enumerate(edges):
-            self.shares[:, i] = np.array([0.0, 1.0, share])[states // 3**i % 3]
+        digits = [kind(3**i) for i in range(len(masks))]
         self.parts: list[tuple[slice, np.ndarray]] = []
+        near: list[list[np.ndarray]] = [[] for _ in masks]  # places of what lies near a threshold, a part each
         for part in block_slices(shape):
             state = np.zeros((part.stop - part.start) * min(shape), kind)
             blocks = held or _reconstructions(factors, shape, part, masks)
-            for i, (block, (low, high, _)) in enumerate(zip(blocks, edges, strict=True)):
-                _mark(block.reshape(-1), low, high, kind(3**i), state)
+            for block, accumulator, digit, places in zip(blocks, accumulators, digits, near, strict=True):
+                flat = block.reshape(-1)
+                here, inside = _sort_out(flat, accumulator.low, accumulator.high, digit, state)
+                accumulator.inside += inside
+                accumulator.near_values.append(np.abs(flat[here]))
+                places.append(here)
             self.parts.append((part, state))
+        states = np.arange(3 ** len(masks))
+        self.shares = np.zeros((states.size, len(masks)))  # of an entry of each state that counts as inside
+        for i, (accumulator, places) in enumerate(zip(accumulators, near, strict=True)):
+            low, high, share = accumulator.edges()
+            self.shares[:, i] = np.array([0.0, 1.0, share])[states // 3**i % 3]
+            for (_, state), here, values in zip(self.parts, places, accumulator.near_values, strict=True):
+                state[here[values > high]] += digits[i]
+                state[here[(values <= high) & (values >= low)]] += kind(2) * digits[i]
+        self._words: np.ndarray | None = None
 
-    def sums(self, weights: np.ndarray, codes: Callable[[slice], np.ndarray]) -> list[MaskSums]:
-        """As `principal_mask_sums`, without forming R again."""
-        by_state = np.zeros((self.shares.shape[0], weights.shape[1]))
+    def sums(
+        self, before: np.ndarray, after: np.ndarray, tau: float, probabilities: tuple[np.ndarray, np.ndarray]
+    ) -> list[MaskSums]:
+        """For each mask the visible and the nonzero updates in it, and Σ P over it for both nulls, (4,) float64.
+
+        Args:
+            before, after: (m, n) prepared values; `before` is the source that the masks are of.
+            tau: the rounded threshold.
+            probabilities: P(visible | word) and P(nonzero | word), float64[32768] each.
+        """
+        if self._words is None:
+            self._words = np.zeros((len(self.masks), 32768))
+            for part, state in self.parts:
+                _add_words(state, _magnitude_words(cut(before, part).reshape(-1)), self.shares, self._words)
+        moved = np.zeros((self.shares.shape[0], 2), np.int64)
         for part, state in self.parts:
-            _add_by_state(state, codes(part), weights, by_state)
-        totals = self.shares.T @ by_state
-        return [MaskSums(entries, total) for entries, total in zip(self.entries, totals, strict=True)]
+            ours, theirs = cut(before, part).reshape(-1), cut(after, part).reshape(-1)
+            (_count_words if ours.dtype == np.uint16 else _count_floats)(state, ours, theirs, tau, moved)
+        counts = self.shares.T @ moved
+        expected = self._words @ np.stack(probabilities, axis=1)
+        rows = np.concatenate([counts, expected], axis=1)
+        return [MaskSums(entries, row) for entries, row in zip(self.entries, rows, strict=True)]
 
 
 def _reconstructions(
@@ -221,10 +239,15 @@ def entry_codes(source: np.ndarray, trained: np.ndarray, part: slice, tau: float
     before, after = cut(source, part).reshape(-1), cut(trained, part).reshape(-1)
     delta = np.empty(before.size)
     delta_float64(before, after, delta)
-    words = before if before.dtype == np.uint16 else (before.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     out = np.empty(before.size, np.int32)
-    _codes(words, delta, tau, out)
+    _codes(_magnitude_words(before), delta, tau, out)
     return out
+
+
+def _magnitude_words(values: np.ndarray) -> np.ndarray:
+    """The 15-bit word of |w| of prepared values (flat): the upper 16 bits of the float32."""
+    words = values if values.dtype == np.uint16 else (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return words & np.uint16(0x7FFF)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -279,19 +302,50 @@ def _classify(block, codes, low, high, weights, sums):  # type: ignore[no-untype
 
 
 @numba.njit(nogil=True, cache=True)
-def _mark(block, low, high, digit, state):  # type: ignore[no-untyped-def]
+def _sort_out(block, low, high, digit, state):  # type: ignore[no-untyped-def]
+    """Adds `digit` to the state of what is above `high`; the places from `low` to there, and how many were above."""
+    near = np.empty(1024, np.int64)
+    kept = 0
+    inside = 0
     for i in range(block.size):
         magnitude = abs(block[i])
         if magnitude > high:
             state[i] += digit
+            inside += 1
         elif magnitude >= low:
-            state[i] += digit + digit
+            if kept == near.size:
+                larger = np.empty(2 * kept, np.int64)
+                larger[:kept] = near
+                near = larger
+            near[kept] = i
+            kept += 1
+    return near[:kept].copy(), inside
 
 
 @numba.njit(nogil=True, cache=True)
-def _add_by_state(state, codes, weights, sums):  # type: ignore[no-untyped-def]
+def _add_words(state, words, shares, sums):  # type: ignore[no-untyped-def]
     for i in range(state.size):
         held = state[i]
         if held:
-            for c in range(sums.shape[1]):
-                sums[held, c] += weights[codes[i], c]
+            for mask in range(sums.shape[0]):
+                sums[mask, words[i]] += shares[held, mask]
+
+
+@numba.njit(nogil=True, cache=True)
+def _count_words(state, before, after, tau, counts):  # type: ignore[no-untyped-def]
+    for i in range(state.size):
+        held = state[i]
+        if held and before[i] != after[i]:
+            size = abs(widen_word(narrow_single(np.float32(widen_word(after[i]) - widen_word(before[i])))))
+            counts[held, 0] += size > tau
+            counts[held, 1] += size > 0
+
+
+@numba.njit(nogil=True, cache=True)
+def _count_floats(state, before, after, tau, counts):  # type: ignore[no-untyped-def]
+    for i in range(state.size):
+        held = state[i]
+        if held:
+            size = abs(after[i] - before[i])
+            counts[held, 0] += size > tau
+            counts[held, 1] += size > 0

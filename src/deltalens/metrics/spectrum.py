@@ -17,9 +17,10 @@ from math import ceil
 
 import numpy as np
 
-from deltalens.metrics.lapack import all_values_few_vectors, leading_eigenvectors
+from deltalens.metrics.lapack import all_singular_values_few_vectors, all_values_few_vectors, leading_eigenvectors
 
 __all__ = [
+    "NEARLY_SQUARE",
     "TOP_ENERGIES",
     "Blocks",
     "Factorisation",
@@ -118,16 +119,26 @@ def factorise(blocks: Blocks, length: int, width: int, k: int) -> Factorisation:
     return Factorisation(_long_vectors(blocks, length, values[:k], short), values, short)
 
 
-def factorise_update(blocks: Blocks, length: int, width: int, k: int) -> Factorisation:
-    """`singular_values` of Δ and its top `k` singular vectors, for little more than the former; k is small beside d."""
-    eigenvalues, short = all_values_few_vectors(gram(blocks, width), k)
-    if eigenvalues[k - 1] < GRAM_VECTORS_DOWN_TO * eigenvalues[0]:
+def factorise_update(
+    blocks: Blocks, length: int, width: int, k: int, products: np.ndarray | None = None
+) -> Factorisation:
+    """`singular_values` of Δ and its top `k` singular vectors, for little more than the former; k is small beside d.
+
+    `products`: Δ's Gram matrix (d, d) where it is at hand; overwritten. Not used for nearly square matrices.
+    """
+    if length <= NEARLY_SQUARE * width:
+        values, short = all_singular_values_few_vectors(_reduced(blocks, width), k)
+        smallest = values[k - 1] ** 2 / max(values[0] ** 2, 1e-300)
+    else:
+        products = gram(blocks, width) if products is None else products
+        eigenvalues, short = all_values_few_vectors(products, k)
+        smallest = eigenvalues[k - 1] / max(eigenvalues[0], 1e-300)
+        values = np.sqrt(np.maximum(eigenvalues, 0))
+        if smallest >= GRAM_VECTORS_DOWN_TO and eigenvalues[-1] <= GRAM_VALUES_DOWN_TO * eigenvalues[0]:
+            values = np.linalg.svd(_reduced(blocks, width), compute_uv=False)
+    if smallest < GRAM_VECTORS_DOWN_TO:
         _, values, transposed = np.linalg.svd(_reduced(blocks, width), full_matrices=False)
         short = np.ascontiguousarray(transposed[:k].T)
-    elif length > NEARLY_SQUARE * width and eigenvalues[-1] > GRAM_VALUES_DOWN_TO * eigenvalues[0]:
-        values = np.sqrt(np.maximum(eigenvalues, 0))
-    else:
-        values = np.linalg.svd(_reduced(blocks, width), compute_uv=False)
     return Factorisation(_long_vectors(blocks, length, values[:k], short), values, short)
 
 
