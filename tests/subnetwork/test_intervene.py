@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from subnetwork_fixtures import (
     BF16,
     DOWN,
@@ -284,3 +284,23 @@ def test_bits_are_copied_as_they_are(tmp_path: Path, write_checkpoint) -> None:
     intervene(a, b, tmp_path / "all", keep="role:ffn")
     assert stored(tmp_path / "none") == stored(a)
     assert stored(tmp_path / "all") == stored(b)
+
+
+def test_an_adapter_is_merged(tensors, tmp_path: Path, write_checkpoint) -> None:
+    """TRAINED may be a LoRA adapter: what is written is a whole model with the base's config, and no adapter."""
+    source = write_checkpoint({name: values.astype(np.float32) for name, values in tensors[0].items()})
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 16)).astype(np.float32), rng.standard_normal((24, 2)).astype(np.float32)
+    stem = "base_model.model.model.layers.0.mlp.up_proj"
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    intervene(source, adapter, tmp_path / "out", keep="rank:1")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    u, s, vt = np.linalg.svd(2 * b.astype(np.float64) @ a)
+    step = written[UP].astype(np.float64) - tensors[0][UP].astype(np.float64)
+    np.testing.assert_allclose(step, s[0] * np.outer(u[:, 0], vt[0]), atol=1e-5)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}

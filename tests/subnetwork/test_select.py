@@ -263,3 +263,32 @@ def test_what_holds_nan_cannot_be_ranked(rule: str, tensors, write_checkpoint) -
     with pytest.raises(CheckpointError, match=f"{UP}' holds NaN or Inf"):
         select_mask(write_checkpoint(broken), write_checkpoint(tensors[1]), rule=rule)
     assert select_mask(write_checkpoint(broken), write_checkpoint(tensors[1]), rule="visible").count(NORM) > 0
+
+
+@pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32)])
+def test_a_rounding_mask_has_the_exponents_of_a_simulated_update(dtype, write_checkpoint) -> None:
+    """Brute force: Gaussian steps on every weight, rounded to bf16, of the scale that gives the same density."""
+    rng = np.random.default_rng(5)
+    weights = (rng.standard_normal((400, 250)) * 0.05).astype(dtype)
+    rounded = weights.astype(BF16).astype(np.float64)
+
+    def moved(scale: float) -> np.ndarray:
+        stepped = (weights + scale * rng.standard_normal(weights.shape)).astype(np.float32).astype(BF16)
+        return np.abs(stepped.astype(np.float64) - rounded) > float(ml_dtypes.bfloat16(1e-5))
+
+    low, high = 1e-6, 1e-2
+    for _ in range(30):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if moved(middle).mean() < 0.3 else (low, middle)
+    exponents = np.maximum(np.frexp(rounded)[1], -15) + 15
+    simulated = [np.bincount(exponents[moved(middle)], minlength=16) for _ in range(20)]
+    source = write_checkpoint({UP: weights})
+    drawn = [
+        np.bincount(exponents[select_mask(source, rule="rounding:0.3", seed=seed).dense(UP)], minlength=16)
+        for seed in range(20)
+    ]
+    ours, theirs = np.mean(drawn, axis=0), np.mean(simulated, axis=0)
+    error = 5 * np.sqrt((np.var(drawn, axis=0) + np.var(simulated, axis=0) + 1) / 20)
+    assert (np.abs(ours - theirs) < error + 0.002 * theirs).all(), (ours, theirs)
+    uniform = 0.3 * np.bincount(exponents.reshape(-1), minlength=16)
+    assert np.count_nonzero(np.abs(uniform - theirs) > error + 0.002 * theirs) > 5, "a uniform draw would not pass"
