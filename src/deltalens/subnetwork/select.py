@@ -83,18 +83,17 @@ def select_mask(
     if scope == "global" and (parsed.kind not in GLOBAL or like is not None):
         raise ConfigError(f"--scope global ranks the entries of all tensors together: of {' and '.join(GLOBAL)} only")
     wanted_roles, wanted_layers = role_names(roles), layer_numbers(layers)
+    share = _share(parsed, like is not None)
+    updated = _trained(parsed, trained) if parsed.kind in NEEDS_TRAINED else None
     content = source_hash(source)
     if parsed.kind in ("union", "intersection", "complement"):
         combined = _combined(parsed, content, source)
         return combined.restrict(wanted_roles, wanted_layers) if roles is not None or layers is not None else combined
     if like is not None:
         like = _fitting(like, content, source)
-    share = _share(parsed, like)
     with ExitStack() as stack:
         before = stack.enter_context(open_checkpoint(source))
-        after = before
-        if parsed.kind in NEEDS_TRAINED:
-            after = stack.enter_context(open_checkpoint(_trained(parsed, trained), base=before))
+        after = before if updated is None else stack.enter_context(open_checkpoint(updated, base=before))
         rows = [
             row
             for row in compared_rows(pair_checkpoints(before, after))
@@ -146,14 +145,15 @@ def _trained(rule: Rule, trained: str | Path | None) -> str | Path:
     return checkpoint
 
 
-def _share(rule: Rule, like: SubnetworkMask | None) -> float | None:
+def _share(rule: Rule, like: bool) -> float | None:
+    """The rule's fraction; None where it takes none, or another mask says how many entries."""
     if rule.kind not in SHARES:
-        if like is not None:
+        if like:
             raise ConfigError(f"--like sets how many entries a rule selects; {rule.kind} has no say in that")
         return None
-    if not rule.argument and like is None:
+    if not rule.argument and not like:
         raise ConfigError(f"{rule.kind} needs a fraction, such as {rule.kind}:0.1, or --like MASK")
-    if rule.argument and like is not None:
+    if rule.argument and like:
         raise ConfigError(f"give {rule.kind} a fraction or --like, not both")
     return fraction(rule) if rule.argument else None
 
