@@ -4,6 +4,7 @@ import io
 import json
 import re
 
+import plotly.graph_objects as go
 import polars as pl
 import pytest
 from rich.console import Console
@@ -77,6 +78,14 @@ def test_one_file_that_fetches_nothing_and_runs_nothing_of_a_names(page):
     assert "\x1b" not in page
     outside = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     assert not re.search(r"(src|href)=\"(?!#)", outside)
+
+
+def test_plotly_accepts_every_figure(page):
+    data = data_of(page)
+    for figure in data["figures"].values():
+        go.Figure(figure)  # raises for a property that plotly does not know
+    for entry in data["heatmap"]["metrics"].values():
+        go.Figure({"data": [entry["trace"]], "layout": data["heatmap"]["layout"]})
 
 
 def test_matrices_read_row_in_column(tables, page):
