@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import vision_fixtures
+from opd_fixtures import another, config, history, rows, trainer
 
 from deltalens.errors import ConfigError, DeltalensError
 from deltalens.train.guard import last_checkpoint
 from deltalens.train.models import load_model, load_tokenizer, quiet_libraries
 from deltalens.train.rollouts import SamplingLogprobs, group_advantage, teacher_samples
-from deltalens.train.tasks import Sums
 
 LOSSES = ["reverse_kl", "forward_kl", "jsd", "topk_forward_kl", "topk_reverse_kl", "k1"]
 
@@ -21,75 +22,6 @@ LOSSES = ["reverse_kl", "forward_kl", "jsd", "topk_forward_kl", "topk_reverse_kl
 def _quiet() -> Iterator[None]:
     with quiet_libraries():
         yield
-
-
-def rows(count: int = 8) -> list[dict[str, Any]]:
-    return [
-        {"prompt": [{"role": "user", "content": e.prompt}], "answer": e.answer, "domain": "ab"[i % 2]}
-        for i, e in enumerate(Sums().train(count))
-    ]
-
-
-def config(folder: Path, **changes: Any) -> Any:
-    from deltalens.train.opd import OPDConfig
-
-    return OPDConfig(
-        **{
-            "output_dir": str(folder),
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "max_completion_length": 5,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "bf16": False,
-            "use_cpu": True,
-            "topk": 8,
-            "report_to": [],
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            **changes,
-        }
-    )
-
-
-def another(model: Path, seed: int = 1) -> Any:
-    """A teacher that differs from the student."""
-    teacher = load_model(model, "float32")
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for weight in teacher.parameters():
-            weight.add_(torch.randn_like(weight), alpha=0.1)
-    return teacher
-
-
-def trainer(
-    model: Path,
-    folder: Path,
-    *,
-    teacher: Any = None,
-    count: int = 8,
-    reward: Any = None,
-    peft_config: Any = None,
-    **changes: Any,
-) -> Any:
-    from datasets import Dataset
-
-    from deltalens.train.opd import OPDTrainer
-
-    return OPDTrainer(
-        model=load_model(model, "float32"),
-        teacher_model=another(model) if teacher is None else teacher,
-        args=config(folder, **changes),
-        train_dataset=Dataset.from_list(rows(count)),
-        processing_class=load_tokenizer(model),
-        reward=reward,
-        peft_config=peft_config,
-    )
-
-
-def history(run: Any, name: str) -> list[float]:
-    return [entry[name] for entry in run.state.log_history if name in entry]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -390,7 +322,6 @@ def test_what_cannot_be_meant_is_refused(tiny_model: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("several", [False, True], ids=["one teacher", "two teachers"])
 def test_five_steps_on_images(build: str, several: bool, tmp_path: Path) -> None:
     """The pixels reach student and teachers, also when a batch is split among the latter."""
-    import vision_fixtures
     from datasets import Dataset
 
     from deltalens.train.models import load_processor
