@@ -125,6 +125,26 @@ def test_weights_loaded_after_the_optimizer_was_made_are_seen():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_others_write_between_steps_count(dtype):
+    model = nn.Module()
+    model.w = nn.Parameter(torch.ones(4, dtype=dtype))
+    optimizer = CompactSGD(model, mask_of(w=[1, 1, 1, 0]), lr=2.0**-12)
+
+    def step():
+        model.w.float().sum().backward()
+        optimizer.step()
+
+    step()
+    with torch.no_grad():
+        model.w[1] = 5.0
+    step()
+    values = optimizer.tensors[0].values.detach()
+    assert torch.equal(values, torch.tensor([1 - 2.0**-11, 5 - 2.0**-12, 1 - 2.0**-11]))
+    assert torch.equal(model.w.detach()[:3], values.to(dtype))
+    assert model.w[3] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [CompactAdamW, CompactSGDMomentum, CompactRMSprop])
 def test_resume_is_bit_equal(kind, dtype):
     model = small(dtype=dtype)

@@ -1,8 +1,8 @@
 """Masked training at the cost of the mask: compact gradients, masters and optimizer state (issue 13).
 
 A hook on each parameter gathers the masked entries of its gradient into a float32 buffer and frees the dense gradient
-before the next layer's is made. The optimizer, torch's own, sees one small parameter a tensor. At a step it is filled
-with the masked weights, updated, and written back; everything off the mask keeps its bits.
+before the next layer's is made. The optimizer, torch's own, updates one small float32 tensor each, which holds the
+masked weights and is written back after each step; everything off the mask keeps its bits.
 """
 
 from __future__ import annotations
@@ -291,13 +291,15 @@ class CompactOptimizer(torch.optim.Optimizer):
     # --- what it holds -----------------------------------------------------------------------------------------------
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes held on this rank: `gradients`, `state`, `masters` and `indices` (with a projection's bases)."""
+        """Bytes held on this rank: `gradients`, `state`, `masters` (copies where weights are float32 too), and
+        `indices` (with a projection's bases).
+        """
         kept = [value for state in self.state.values() for value in state.values() if isinstance(value, Tensor)]
         indices = [t for tensor in self.tensors for t in (tensor.index, tensor.basis) if t is not None]
         return {
             "gradients": sum(buffer.flat.nbytes for buffer in self._buffers),
             "state": sum(value.nbytes for value in kept),
-            "masters": sum(tensor.values.nbytes for tensor in self.tensors),
+            "masters": sum(tensor.copied_bytes for tensor in self.tensors),
             "indices": sum(index.nbytes for index in indices),
         }
 

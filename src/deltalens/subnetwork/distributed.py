@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
 from deltalens.errors import ConfigError
@@ -39,8 +41,6 @@ def ranks(group: dist.ProcessGroup | None) -> int:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; any other tensor as it is. Shares memory, carries no graph."""
-    from torch.distributed.tensor import DTensor
-
     with torch.no_grad():
         return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
@@ -51,9 +51,6 @@ def local_mask(name: str, parameter: nn.Parameter, dense: np.ndarray) -> np.ndar
     Raises:
         ConfigError: the parameter is partitioned otherwise than into one block a rank.
     """
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     if not isinstance(parameter, DTensor):
         return dense
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -64,8 +61,6 @@ def local_mask(name: str, parameter: nn.Parameter, dense: np.ndarray) -> np.ndar
 
 def shard_groups(parameter: Tensor) -> Groups | None:
     """The process groups whose ranks hold different parts of a parameter; None where it is whole on every rank."""
-    from torch.distributed.tensor import DTensor
-
     if not isinstance(parameter, DTensor):
         return None
     mesh = parameter.device_mesh

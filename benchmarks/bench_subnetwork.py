@@ -1,0 +1,199 @@
+"""What training only a mask costs, beside dense AdamW (torch, fused) on the same weights: bytes held, time of the
+optimizer, peak memory of whole training steps.
+
+    python benchmarks/bench_subnetwork.py [MODEL_FOLDER] [--repeats 7] [--skip-peak]
+
+Without a folder the model is SmolLM2-135M's shapes with random weights; masks are uniformly random. Dense bf16 training
+keeps bf16 gradients and a float32 master (14 bytes a parameter), float32 training 12. The time of the compact optimizer
+includes gathering every gradient, gathering the weights and writing them back; that of dense bf16 training includes
+widening the gradients and rounding the master.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from processes import machine
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from deltalens import CompactAdamW, SubnetworkMask
+
+DENSITIES = (0.175, 0.05, 0.01)
+BYTES_ASKED = {0.175: 0.30, 0.01: 0.05}
+TIME_ASKED = {0.175: 1.0, 0.05: 0.5, 0.01: 0.5}
+DENSE_BYTES = {torch.float32: 12, torch.bfloat16: 14}
+Times = np.ndarray  # (2,): seconds by the clock and of the processor
+SETTINGS = {"lr": 1e-5, "weight_decay": 0.01}
+
+
+def build(folder: str | None, dtype: torch.dtype) -> torch.nn.Module:
+    if folder:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    config = LlamaConfig(**shape, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def random_mask(model: torch.nn.Module, density: float) -> SubnetworkMask:
+    rng = np.random.default_rng(0)
+    packed = {}
+    for name, p in model.named_parameters():
+        packed[name] = (tuple(p.shape), np.packbits(rng.random(p.numel(), np.float32) < density))
+    return SubnetworkMask.from_packed(packed, rule=f"random:{density}", source_hash="0" * 64)
+
+
+def dense_bytes(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], masters: list[torch.Tensor]) -> int:
+    state = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return sum(tensor.nbytes for tensor in [*state, *gradients, *masters])
+
+
+def compact_step(model: torch.nn.Module, optimizer: CompactAdamW, gradients: list[torch.Tensor]) -> Callable[[], Times]:
+    """What backward's hooks and `step` do, on gradients that are there.
+
+    A hook finds the gradient that backward has just written, so each is written anew before its hook, off the clock.
+    """
+    by_parameter = {id(tensor.parameter): tensor for tensor in optimizer.tensors}
+    pairs = [(by_parameter[id(p)], p, g) for p, g in zip(model.parameters(), gradients, strict=True)]
+
+    def collect(tensor: object, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+        parameter.grad = gradient
+        optimizer._collect(tensor, parameter)
+
+    def step() -> Times:
+        total = np.zeros(2)
+        for tensor, parameter, gradient in pairs:
+            gradient.neg_()
+            total += seconds(lambda: collect(tensor, parameter, gradient))  # noqa: B023
+        return total + seconds(optimizer.step)
+
+    return step
+
+
+def dense_step(
+    weights: list[torch.Tensor], gradients: list[torch.Tensor]
+) -> tuple[Callable[[], None], Callable[[], int]]:
+    """A step of fused AdamW, by way of a float32 master for bf16 weights; and the bytes that it holds."""
+    narrow = weights[0].dtype != torch.float32
+    masters = [torch.nn.Parameter(w.detach().float() if narrow else w.detach()) for w in weights]
+    optimizer = torch.optim.AdamW(masters, fused=True, **SETTINGS)
+    if not narrow:
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient
+
+    @torch.no_grad()
+    def step() -> None:
+        if narrow:
+            for master, gradient in zip(masters, gradients, strict=True):
+                master.grad = gradient.float()
+        optimizer.step()
+        if narrow:
+            torch._foreach_copy_(weights, masters)
+            optimizer.zero_grad()
+
+    return step, lambda: dense_bytes(optimizer, gradients, masters if narrow else [])
+
+
+def seconds(call: Callable[[], None]) -> Times:
+    """Of the clock, and of the processor over all threads: the latter holds on a machine that does other things too."""
+    start = np.array([time.perf_counter(), time.process_time()])
+    call()
+    return np.array([time.perf_counter(), time.process_time()]) - start
+
+
+def compare(folder: str | None, dtype: torch.dtype, repeats: int) -> None:
+    model = build(folder, dtype)
+    weights = [p.detach() for p in model.parameters()]
+    parameters = sum(w.numel() for w in weights)
+    gradients = [torch.randn_like(w) * 1e-3 for w in weights]
+    dense, dense_held = dense_step(weights, gradients)
+    dense()
+    base = dense_held()
+    print(
+        f"\n{dtype}: {parameters / 1e6:.1f} M parameters; dense AdamW holds {base / parameters:.2f} bytes a parameter"
+    )
+    assert abs(base / parameters - DENSE_BYTES[dtype]) < 0.1
+    for density in DENSITIES:
+        optimizer = CompactAdamW(model, random_mask(model, density), **SETTINGS)
+        compact = compact_step(model, optimizer, gradients)
+        compact()
+        held = optimizer.held_bytes()
+        times = np.array([[seconds(dense), compact()] for _ in range(repeats)])  # in turns
+        (dense_wall, dense_cpu), (wall, cpu) = times.min(axis=0) * 1e3
+        parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in held.items())
+        ratio, asked = sum(held.values()) / base, BYTES_ASKED.get(density)
+        print(f"  {density:6.1%}  held {ratio:.4f} of dense{f' (asked {asked})' if asked else ''}: {parts} MB")
+        print(f"          step {wall:.0f} ms against {dense_wall:.0f} ms: {wall / dense_wall:.2f} of dense")
+        print(
+            f"          processor time {cpu:.0f} ms against {dense_cpu:.0f} ms: {cpu / dense_cpu:.2f} of dense", end=""
+        )
+        print(f" (asked {TIME_ASKED[density]})", flush=True)
+        optimizer.detach()
+        del optimizer, compact
+        gc.collect()
+
+
+def train_few(folder: str | None, dtype: torch.dtype, density: float) -> None:
+    """Three training steps of 2 × 128 tokens in this process; prints the peak. Density 1 is dense AdamW."""
+    model = build(folder, dtype)
+    if density == 1:
+        masters = [torch.nn.Parameter(p.detach().float()) for p in model.parameters()] if dtype != torch.float32 else []
+        optimizer = torch.optim.AdamW(masters or model.parameters(), fused=True, **SETTINGS)
+    else:
+        masters, optimizer = [], CompactAdamW(model, random_mask(model, density), **SETTINGS)
+    tokens = torch.randint(0, 1000, (2, 128))
+    for _ in range(3):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        for parameter, master in zip(model.parameters(), masters, strict=False):
+            master.grad, parameter.grad = parameter.grad.float(), None
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for parameter, master in zip(model.parameters(), masters, strict=False):
+                parameter.copy_(master)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def peaks(folder: str | None) -> None:
+    print(
+        "\npeak resident memory of a process that takes three training steps (weights, activations, libraries and all)"
+    )
+    for dtype in ("float32", "bfloat16"):
+        found = {}
+        for density in (1, *DENSITIES):
+            call = [sys.executable, __file__, *([folder] if folder else []), "--train", dtype, str(density)]
+            found[density] = int(subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[-1])
+            name = "dense" if density == 1 else f"{density:.1%}"
+            print(f"  {dtype:8}  {name:6} {found[density] / 1e6:7.0f} MB  {found[density] / found[1]:.2f} of dense")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", help="a model's folder; random weights of SmolLM2-135M's shapes without")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--skip-peak", action="store_true")
+    parser.add_argument("--train", nargs=2, metavar=("DTYPE", "DENSITY"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.train:
+        train_few(options.folder, getattr(torch, options.train[0]), float(options.train[1]))
+        return
+    print(machine(), f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print("model:", Path(options.folder).name if options.folder else "random weights of SmolLM2-135M's shapes")
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(options.folder, dtype, options.repeats)
+        gc.collect()
+    if not options.skip_peak:
+        peaks(options.folder)
+
+
+if __name__ == "__main__":
+    main()
