@@ -6,7 +6,8 @@ Without checkpoints it makes a run of five at the shapes of two layers of SmolLM
 checkpoints: k times reading both sides and the coordinate pass with its nulls (`analyze --spectrum none`), k times
 all singular values of Δ, k factorisations of the trained weights and one of the source (every singular value, the
 leading 20 % of the vectors). The trajectory does that, and besides projections, rotations, principal masks, the
-top-16 subspaces, packed masks and hashes. The null draws are counted apart. Both alternate tensor by tensor.
+top-16 subspaces, packed masks and hashes. The null draws are counted apart. Beside it, k times `analyze` of the same
+tensors. All alternate tensor by tensor.
 """
 
 import argparse
@@ -105,10 +106,14 @@ def main() -> None:
             whole(run, smallest, drawing, buffers)  # compiles
             parts_alone(run, smallest, settings, buffers)
             parts = dict.fromkeys(("coordinates", "spectra", "trained", "source"), 0.0)
-            total = drawn = 0.0
+            total = drawn = analyses = 0.0
             for tensor in run.tensors:
                 for name, seconds in parts_alone(run, tensor, settings, buffers).items():
                     parts[name] += seconds
+                start = time.thread_time()
+                for pair, checkpoint in zip(tensor.pairs, run.runs, strict=True):
+                    measure(pair, run.source, checkpoint, settings, buffers=buffers)
+                analyses += time.thread_time() - start
                 without = whole(run, tensor, settings, buffers)
                 total += without
                 if arguments.draws:
@@ -125,6 +130,7 @@ def main() -> None:
         print(f"{label:32} {parts[name]:8.2f} s")
     print(f"{'parts alone':32} {alone:8.2f} s")
     print(f"{'trajectory':32} {total:8.2f} s   {total / alone:.2f} × the parts")
+    print(f"{'k times analyze':32} {analyses:8.2f} s   trajectory is {total / analyses:.2f} of it")
     print(f"{f'its {arguments.draws} null draws, apart':32} {drawn:8.2f} s")
 
 

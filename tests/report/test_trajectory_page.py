@@ -96,7 +96,7 @@ def test_the_table_marks_where_it_locks_and_leaves_out_what_nothing_has():
     assert [row[0] for row in table.rows] == ["10", "20", "30"]
     assert table.marked == frozenset({1})
     row = dict(zip(table.columns, table.rows[0], strict=True))
-    assert (row["stable rank"], row["Sim₁₆ end"], row["Jaccard"]) == ("30.0", "0.700", "30.0 %")
+    assert (row["st. rank"], row["Sim₁₆ end"], row["Jaccard"]) == ("30.0", "0.700", "30.0 %")
     assert (row["FFN share"], row["gone"]) == ("60.0 %", "2.00 %")
 
 

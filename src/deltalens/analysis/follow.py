@@ -22,7 +22,7 @@ from deltalens.analysis.spectral import SpectralColumns, excess
 from deltalens.checkpoint.base import Checkpoint
 from deltalens.checkpoint.pairing import TensorPair
 from deltalens.metrics.alignment import DeltaPass, delta_pass, delta_pass_and_gram
-from deltalens.metrics.blocks import BLOCK_ELEMENTS, delta_blocks
+from deltalens.metrics.blocks import delta_blocks
 from deltalens.metrics.coordinates import Coordinates
 from deltalens.metrics.lapack import all_values_few_vectors
 from deltalens.metrics.masks import MaskSums, PrincipalMembers
@@ -88,9 +88,6 @@ class _ExactColumns(_Keeping):
     def _pass(self, after: np.ndarray) -> tuple[Blocks, DeltaPass, np.ndarray | None]:
         if self._passed is None or self._passed[0] is not after:
             blocks: Blocks = partial(delta_blocks, self.before, after)
-            if self.before.size <= BLOCK_ELEMENTS:  # one block: made once for all that follows
-                made = list(blocks())
-                blocks = lambda: made  # noqa: E731
             if self.length <= NEARLY_SQUARE * self.width:
                 self._passed = after, blocks, delta_pass(blocks, self.width, self.source), None
             else:

@@ -36,12 +36,12 @@ def trajectory_table(summary: Entry) -> Table:
     columns: tuple[tuple[str, Callable[[Entry], str]], ...] = (
         ("rel. norm", lambda g: percent(_value(g, "relative_norm"))),
         ("sparsity", lambda g: percent(_value(g, "sparsity"))),
-        ("stable rank", lambda g: number(_value(g, "stable_rank"))),
+        ("st. rank", lambda g: number(_value(g, "stable_rank"))),
         ("rank null", lambda g: number(_value(g, "stable_rank_null"))),
         ("hill", lambda g: number(_value(g, "hill"))),
         ("Sim₁₆ end", lambda g: number(_value(g, "sim16_right_end"))),
         ("Sim null", lambda g: number(_value(g, "sim16_right_end_null"))),
-        ("Sim₁₆ start", lambda g: number(_value(g, "sim16_right_start"))),
+        ("to start", lambda g: number(_value(g, "sim16_right_start"))),
         ("Jaccard", lambda g: percent(_value(g, "jaccard_end"))),
         ("Jacc. null", lambda g: percent(_value(g, "jaccard_end_null"))),
         ("new", lambda g: percent(_value(g, "appeared"))),
@@ -54,10 +54,10 @@ def trajectory_table(summary: Entry) -> Table:
     rows = tuple((str(one["step"]), *(cell(one["global"]) for _, cell in shown)) for one in entries)
     locked = [at for at, one in enumerate(entries) if one["name"] == summary.get("locked_checkpoint")]
     note = (
-        "Stable rank, hill and Sim₁₆ (right subspaces, to the end's and the start's): medians over matrices. Jaccard: "
-        "with the final mask. Nulls: what rounding to bf16 makes of "
-        "updates without any preference, of the same densities and independent of each other. new, gone: coordinates "
-        "that turned visible, or invisible again, since the checkpoint before, of all."
+        "St. rank (stable rank), hill and Sim₁₆ (right subspaces, with those of the end and the start): medians over "
+        "matrices. Jaccard: with the final mask. Nulls: what rounding to bf16 makes of updates without any preference, "
+        "of the same densities and independent of each other. new, gone: coordinates that turned visible, or invisible "
+        "again, since the checkpoint before, of all."
     )
     return Table("Along the run", ("step", *(name for name, _ in shown)), rows, note, frozenset(locked))
 
