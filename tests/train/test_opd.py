@@ -258,6 +258,15 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, tmp_path: Path
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
 
 
+def test_a_gradient_that_is_no_number_stops_the_run_before_the_step(tiny_model: Path, tmp_path: Path) -> None:
+    run = trainer(tiny_model, tmp_path)
+    run.model.model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
+    before = [w.clone() for w in run.model.parameters()]
+    with pytest.raises(DeltalensError, match=r"step 1: the norm of the loss's gradient is nan"):
+        run.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+
+
 def test_a_student_without_probabilities_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:
     run = trainer(tiny_model, tmp_path)
     with torch.no_grad():

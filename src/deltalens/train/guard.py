@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ class Guarded:
         if not loss.isfinite().all():
             raise diverged(trainer, f"the loss is {loss.item()}", inputs)
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """TRL's, checked: a finite loss may have a gradient that is none, and a checkpoint after it is not good."""
+        trainer: Any = self
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        # float16's loss scaler steps over infinite gradients by itself.
+        if norm is not None and not trainer.args.fp16 and not math.isfinite(norm):
+            raise diverged(trainer, f"the norm of the loss's gradient is {float(norm)}")
+        return norm
 
 
 class FastRollouts:
