@@ -1,9 +1,10 @@
 """What training only a mask costs, beside dense AdamW (torch, fused) on the same weights: bytes held, time of the
 optimizer, peak memory of whole training steps.
 
-    python benchmarks/bench_subnetwork.py [MODEL_FOLDER] [--repeats 7] [--skip-peak]
+    python benchmarks/bench_subnetwork.py [MODEL_FOLDER] [--trained RUN_FOLDER] [--repeats 7] [--skip-peak]
 
-Without a folder the model is SmolLM2-135M's shapes with random weights; masks are uniformly random. Dense bf16 training
+Without a folder the model is SmolLM2-135M's shapes with random weights. Masks are uniformly random, the worst case for
+memory access, unless --trained gives a run. Dense bf16 training
 keeps bf16 gradients and a float32 master (14 bytes a parameter), float32 training 12. The time of the compact optimizer
 includes gathering every gradient, gathering the weights and writing them back; that of dense bf16 training includes
 widening the gradients and rounding the master.
@@ -26,6 +27,7 @@ from processes import machine
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from deltalens import CompactAdamW, SubnetworkMask
+from deltalens.subnetwork import select_mask
 
 DENSITIES = (0.175, 0.05, 0.01)
 BYTES_ASKED = {0.175: 0.30, 0.01: 0.05}
@@ -44,7 +46,9 @@ def build(folder: str | None, dtype: torch.dtype) -> torch.nn.Module:
     return LlamaForCausalLM(config).to(dtype)
 
 
-def random_mask(model: torch.nn.Module, density: float) -> SubnetworkMask:
+def make_mask(model: torch.nn.Module, density: float, folder: str | None, trained: str | None) -> SubnetworkMask:
+    if folder and trained:
+        return select_mask(folder, trained, rule=f"top:{density}")
     rng = np.random.default_rng(0)
     packed = {}
     for name, p in model.named_parameters():
@@ -110,7 +114,7 @@ def seconds(call: Callable[[], None]) -> Times:
     return np.array([time.perf_counter(), time.process_time()]) - start
 
 
-def compare(folder: str | None, dtype: torch.dtype, repeats: int) -> None:
+def compare(folder: str | None, trained: str | None, dtype: torch.dtype, repeats: int) -> None:
     model = build(folder, dtype)
     weights = [p.detach() for p in model.parameters()]
     parameters = sum(w.numel() for w in weights)
@@ -123,7 +127,7 @@ def compare(folder: str | None, dtype: torch.dtype, repeats: int) -> None:
     )
     assert abs(base / parameters - DENSE_BYTES[dtype]) < 0.1
     for density in DENSITIES:
-        optimizer = CompactAdamW(model, random_mask(model, density), **SETTINGS)
+        optimizer = CompactAdamW(model, make_mask(model, density, folder, trained), **SETTINGS)
         compact = compact_step(model, optimizer, gradients)
         compact()
         held = optimizer.held_bytes()
@@ -149,7 +153,7 @@ def train_few(folder: str | None, dtype: torch.dtype, density: float) -> None:
         masters = [torch.nn.Parameter(p.detach().float()) for p in model.parameters()] if dtype != torch.float32 else []
         optimizer = torch.optim.AdamW(masters or model.parameters(), fused=True, **SETTINGS)
     else:
-        masters, optimizer = [], CompactAdamW(model, random_mask(model, density), **SETTINGS)
+        masters, optimizer = [], CompactAdamW(model, make_mask(model, density, None, None), **SETTINGS)
     tokens = torch.randint(0, 1000, (2, 128))
     for _ in range(3):
         model(input_ids=tokens, labels=tokens).loss.backward()
@@ -179,6 +183,9 @@ def peaks(folder: str | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="a model's folder; random weights of SmolLM2-135M's shapes without")
+    parser.add_argument(
+        "--trained", metavar="FOLDER", help="masks of the largest of this run's changes, not random ones"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--skip-peak", action="store_true")
     parser.add_argument("--train", nargs=2, metavar=("DTYPE", "DENSITY"), help=argparse.SUPPRESS)
@@ -189,7 +196,7 @@ def main() -> None:
     print(machine(), f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print("model:", Path(options.folder).name if options.folder else "random weights of SmolLM2-135M's shapes")
     for dtype in (torch.float32, torch.bfloat16):
-        compare(options.folder, dtype, options.repeats)
+        compare(options.folder, options.trained, dtype, options.repeats)
         gc.collect()
     if not options.skip_peak:
         peaks(options.folder)

@@ -121,7 +121,6 @@ class CompactOptimizer(torch.optim.Optimizer):
 
     # --- gradients ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _collect(self, tensor: CompactTensor, parameter: Tensor) -> None:
         if self._reduced:
             raise ConfigError("a gradient came after the ranks' were averaged; clip after the last backward of a step")

@@ -41,8 +41,8 @@ def ranks(group: dist.ProcessGroup | None) -> int:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; any other tensor as it is. Shares memory, carries no graph."""
-    with torch.no_grad():
-        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_mask(name: str, parameter: nn.Parameter, dense: np.ndarray) -> np.ndarray:
