@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from deltalens.errors import ConfigError, DeltalensError
@@ -256,3 +257,22 @@ def test_a_projection_confines_the_update_to_a_subspace(tiny_model: Path, tmp_pa
     values = np.linalg.svd(delta, compute_uv=False)
     assert values[1] > 0
     assert values[2] < 1e-4 * values[0], "the update has the projection's rank"
+
+
+def test_the_supervised_loss_is_the_answers_cross_entropy(tiny_model: Path, tmp_path: Path) -> None:
+    """A batch of everything against a float64 twin: the mean over the tokens of all answers, prompts left out."""
+    from deltalens.train.data import rows
+    from deltalens.train.models import load_model, load_tokenizer
+
+    done = train(config("sft", tiny_model, steps=1, prompts_per_step=16), tmp_path / "run", quiet=True)
+    tokenizer, model = load_tokenizer(tiny_model), load_model(tiny_model, "float32").double()
+    total = tokens = 0.0
+    for row in rows(Sums().train(16), completions=True):
+        ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1]
+        answer = torch.tensor(ids[len(prompt) :])
+        total += torch.nn.functional.cross_entropy(logits, answer, reduction="sum").item()
+        tokens += len(answer)
+    assert done.log[0]["loss"] == pytest.approx(total / tokens, rel=1e-5)

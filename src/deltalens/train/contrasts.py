@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from blake3 import blake3
 
@@ -36,10 +37,16 @@ def sft_trainer(
     callbacks: Sequence[Any] = (),
 ) -> Any:
     """TRL's `SFTTrainer` on the examples' answers; only the answer's tokens count in the loss."""
+    import trl.trainer.utils
     from trl import SFTConfig, SFTTrainer
 
     class Trainer(Guarded, SFTTrainer):
-        pass
+        # Checked against TRL 1.16.0. Off Triton its fused head scores every position, prompts and padding included,
+        # lest compilers meet a new shape each batch; on a CPU that is four fifths of a small model's step. This takes
+        # the branch that GPUs take, which scores the labels alone.
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            with patch.object(trl.trainer.utils, "_use_triton", lambda _device: True):
+                return super().compute_loss(*args, **kwargs)
 
     return Trainer(
         model=model,
