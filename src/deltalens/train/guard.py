@@ -24,7 +24,7 @@ class Guarded:
                 batch and the last good checkpoint.
         """
         trainer: Any = self
-        inputs = args[1] if len(args) > 1 else kwargs["inputs"]
+        inputs = trainer.last_batch = args[1] if len(args) > 1 else kwargs["inputs"]
         try:
             loss = super().training_step(*args, **kwargs)  # type: ignore[misc]  # the trainer behind the mixin
         except RuntimeError as error:
@@ -41,7 +41,7 @@ class Guarded:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
         # float16's loss scaler steps over infinite gradients by itself.
         if norm is not None and not trainer.args.fp16 and not math.isfinite(norm):
-            raise diverged(trainer, f"the norm of the loss's gradient is {float(norm)}")
+            raise diverged(trainer, f"the norm of the loss's gradient is {float(norm)}", trainer.last_batch)
         return norm
 
 
