@@ -206,7 +206,9 @@ def test_first_is_what_an_early_checkpoint_had_moved(sides, tmp_path: Path, tens
     mask = select_mask(sides[0], run, rule="first:6")
     assert same(mask, select_mask(sides[0], early, rule="visible"))
     assert mask.total_density() < select_mask(sides[0], run, rule="first:60").total_density()
-    with pytest.raises(ConfigError, match="no checkpoint-7; it holds checkpoints of steps 6, 60"):
+    shutil.copytree(early, run / "steps" / "step-12")
+    assert same(mask, select_mask(sides[0], run, rule="first:12"))
+    with pytest.raises(ConfigError, match="no checkpoint-7; it holds checkpoints of steps 6, 12, 60"):
         select_mask(sides[0], run, rule="first:7")
 
 

@@ -118,6 +118,9 @@ def small_vlm(
     image_size: Annotated[int, typer.Option(min=8, help="Side of the image that the model sees, in pixels.")] = 64,
     patch: Annotated[int, typer.Option(min=1, help="Side of a patch, in pixels.")] = 8,
     scale_factor: Annotated[int, typer.Option(min=1, help="Patches that become one token, along each side.")] = 2,
+    text_layers: Annotated[
+        int | None, typer.Option(min=1, help="Keep only the first layers of the text model; by default all.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the vision tower's random weights.")] = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -127,7 +130,7 @@ def small_vlm(
 
       deltalens small-vlm -o vlm/
 
-      deltalens small-vlm -o vlm/ --model ./SmolLM2-135M-Instruct --scale-factor 4
+      deltalens small-vlm -o vlm/ --text-layers 6 --vision-layers 2 --hidden 128
     """
     from deltalens.train.embedded import embedded_model
     from deltalens.train.models import resolve_model
@@ -141,6 +144,7 @@ def small_vlm(
         image_size=image_size,
         patch=patch,
         scale_factor=scale_factor,
+        text_layers=text_layers,
         seed=seed,
     )
     if not quiet:

@@ -34,7 +34,7 @@ def mask(
         typer.Argument(
             metavar="[TRAINED]",
             help="For visible and top: the checkpoint that training gave; for first: "
-            "the folder with its checkpoint-N folders.",
+            "the folder with its checkpoint-N or steps/step-N folders.",
         ),
     ] = None,
     like: Annotated[

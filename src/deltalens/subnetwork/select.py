@@ -135,14 +135,22 @@ def _trained(rule: Rule, trained: str | Path | None) -> str | Path:
         raise ConfigError(f"{rule.kind} looks at an update: give SOURCE and TRAINED")
     if rule.kind != "first":
         return trained
-    checkpoint = Path(trained) / f"checkpoint-{whole_number(rule)}"
-    if not checkpoint.is_dir():
-        steps = sorted(
-            int(n) for f in Path(trained).glob("checkpoint-*") if (n := f.name.partition("-")[2]).isdecimal()
+    # A Trainer's checkpoints, or the snapshots of one of our runs.
+    found = {
+        int(number): folder
+        for pattern in ("checkpoint-*", "steps/step-*")
+        for folder in Path(trained).glob(pattern)
+        if (number := folder.name.partition("-")[2]).isdecimal()
+    }
+    step = whole_number(rule)
+    if step not in found:
+        held = (
+            f"checkpoints of steps {', '.join(map(str, sorted(found)))}"
+            if found
+            else "neither checkpoint-N nor steps/step-N folders"
         )
-        held = f"checkpoints of steps {', '.join(map(str, steps))}" if steps else "no checkpoint-N folders"
-        raise ConfigError(f"{trained}: has no checkpoint-{rule.argument}; it holds {held}")
-    return checkpoint
+        raise ConfigError(f"{trained}: has no checkpoint-{step}; it holds {held}")
+    return found[step]
 
 
 def _share(rule: Rule, like: bool) -> float | None:
