@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
@@ -23,10 +24,19 @@ def rows(examples: Sequence[Example], *, completions: bool = False) -> Any:
 
 
 def data_hash(examples: Sequence[Example]) -> str:
-    """BLAKE3 of all prompts, contexts and answers in order, and of how many images each has."""
+    """BLAKE3 of all prompts, contexts, answers and images in order."""
     hasher = blake3()
+    files: dict[str, bytes] = {}
     for example in examples:
         for part in (example.prompt, example.context, example.answer, str(len(example.images))):
             encoded = part.encode()
             hasher.update(len(encoded).to_bytes(8, "little") + encoded)
+        for image in example.images:
+            if not isinstance(image, (str, Path)):
+                hasher.update(blake3(image.tobytes()).digest())
+                continue
+            name = str(image)
+            if name not in files:
+                files[name] = blake3(Path(name).read_bytes()).digest()
+            hasher.update(files[name])
     return hasher.hexdigest()
