@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,7 @@ def train_model(
         return
     from deltalens.train.run import train
 
+    quiet = quiet or os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
     folder = output or run.output or Path("runs") / config.stem
     done = train(run, folder, fresh=not resume, quiet=quiet)
     if not quiet:
