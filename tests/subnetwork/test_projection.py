@@ -7,7 +7,7 @@ from compact_fixtures import batch, loss_of, small, weights
 
 from deltalens.errors import CheckpointError, ConfigError
 from deltalens.subnetwork.optimizers import CompactAdamW, CompactSGD
-from deltalens.subnetwork.projection import Projection, parse_projection
+from deltalens.subnetwork.projection import Projection
 
 
 def pair(write_checkpoint, early):
@@ -75,10 +75,6 @@ def test_state_carries_over():
 
 
 def test_refuses(write_checkpoint):
-    assert parse_projection("project:16") == 16
-    for rule in ("project", "project:", "project:0", "project:1.5", "top:3"):
-        with pytest.raises(ConfigError, match="project:K"):
-            parse_projection(rule)
     source, early = pair(write_checkpoint, {"w": np.zeros((3, 4), np.float32)})
     with pytest.raises(CheckpointError, match="no matrix differs"):
         Projection.from_update(source, early, 1)

@@ -15,7 +15,23 @@ from deltalens._version import __version__
 if TYPE_CHECKING:
     from deltalens.analysis.engine import Progress
 
-__all__ = ["Quiet", "Source", "Trained", "app", "bar", "note", "numbers", "print_analysis"]
+__all__ = [
+    "AsJson",
+    "Exclude",
+    "Include",
+    "Jobs",
+    "Quiet",
+    "Ratios",
+    "Source",
+    "Spectrum",
+    "Threshold",
+    "Trained",
+    "app",
+    "bar",
+    "note",
+    "numbers",
+    "print_analysis",
+]
 
 app = typer.Typer(
     help="Show, test and exploit what post-training does to a model's weights.",
@@ -29,6 +45,13 @@ app = typer.Typer(
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="The checkpoint that training started from.")]
 Trained = Annotated[str, typer.Argument(metavar="TRAINED", help="The checkpoint that training gave.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
+Threshold = Annotated[float, typer.Option(help="τ: an update is visible where |Δ| > τ.")]
+Spectrum = Annotated[str, typer.Option(help="exact (float64), fast (randomised), none.")]
+Ratios = Annotated[str, typer.Option(help="Ratios of subspaces and masks; 10 % is always among them.")]
+Include = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only tensors that match.")]
+Exclude = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave out tensors that match.")]
+Jobs = Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one a processor by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print summary.json on stdout, and nothing else.")]
 
 
 def _version(value: bool) -> None:

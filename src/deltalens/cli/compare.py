@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from deltalens.cli.common import Quiet, Source, app, bar
+from deltalens.cli.common import AsJson, Exclude, Include, Jobs, Quiet, Source, Threshold, app, bar
 
 __all__ = ["compare"]
 
@@ -20,7 +20,7 @@ def compare(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write tables, summary and report.html there.")
     ] = None,
-    threshold: Annotated[float, typer.Option(help="τ: an update is visible where |Δ| > τ.")] = 1e-5,
+    threshold: Threshold = 1e-5,
     compare_dtype: Annotated[
         str | None,
         typer.Option(help="bf16 (default) casts all sides first; stored (default if all are LoRA) as saved; fp32."),
@@ -29,14 +29,14 @@ def compare(
         int, typer.Option(min=0, metavar="K", help="Simulated draws a run and matrix for Sim_16's rounding null.")
     ] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws and the bootstrap.")] = 0,
-    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only tensors that match.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave out tensors that match.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one a processor by default.")] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    jobs: Jobs = None,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Take up an unfinished comparison in DIR, or start again.")
     ] = True,
     quiet: Quiet = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout, and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what the updates of several runs of one source share, beside what chance and rounding give.
 

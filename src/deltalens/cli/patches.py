@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deltalens.cli.common import Quiet, Source, Trained, app, bar, note
+from deltalens.cli.common import Jobs, Quiet, Source, Trained, app, bar, note
 
 __all__ = ["apply", "pack", "verify"]
 
@@ -24,7 +24,7 @@ def pack(
         ),
     ] = "deltalens",
     fast: Annotated[bool, typer.Option("--fast", help="Skip the trials for small and very sparse tensors.")] = False,
-    jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one a processor by default.")] = None,
+    jobs: Jobs = None,
     quiet: Quiet = False,
 ) -> None:
     """Write a patch that turns SOURCE into TRAINED bit for bit, in the bytes that really changed.
@@ -64,7 +64,7 @@ def apply(
     source: Source,
     patches: Patches,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The folder to write; must be new.")],
-    jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one a processor by default.")] = None,
+    jobs: Jobs = None,
     quiet: Quiet = False,
 ) -> None:
     """Write the trained checkpoint from SOURCE and its patches; SOURCE is only read, every hash is checked.
@@ -90,7 +90,7 @@ def apply(
 def verify(
     source: Source,
     patches: Patches,
-    jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one a processor by default.")] = None,
+    jobs: Jobs = None,
     quiet: Quiet = False,
 ) -> None:
     """Check whether patches would apply to SOURCE, and to what, without writing anything.

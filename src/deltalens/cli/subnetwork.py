@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deltalens.cli.common import Quiet, Source, Trained, app, bar, note
+from deltalens.cli.common import Quiet, Source, Threshold, Trained, app, bar, note
 
 if TYPE_CHECKING:
     from deltalens.subnetwork import SubnetworkMask
@@ -45,7 +45,7 @@ def mask(
         str | None, typer.Option(metavar="ROLES", help="Only these: attention,ffn,embedding,lm_head,norm,vision,other.")
     ] = None,
     layers: Annotated[str | None, typer.Option(metavar="LAYERS", help="Only these: 0-5, or 0,3,8-11.")] = None,
-    threshold: Annotated[float, typer.Option(help="τ: an update is visible where |Δ| > τ.")] = 1e-5,
+    threshold: Threshold = 1e-5,
     compare_dtype: Annotated[
         str | None, typer.Option(help="bf16 (default), stored (default for LoRA) or fp32, as in analyze.")
     ] = None,

@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from deltalens.cli.common import Quiet, Source, app, bar, numbers
+from deltalens.cli.common import (
+    AsJson,
+    Exclude,
+    Include,
+    Jobs,
+    Quiet,
+    Ratios,
+    Source,
+    Spectrum,
+    Threshold,
+    app,
+    bar,
+    numbers,
+)
 
 __all__ = ["trajectory"]
 
@@ -26,27 +39,25 @@ def trajectory(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write table, summary and report.html there.")
     ] = None,
-    threshold: Annotated[float, typer.Option(help="τ: an update is visible where |Δ| > τ.")] = 1e-5,
+    threshold: Threshold = 1e-5,
     compare_dtype: Annotated[
         str | None,
         typer.Option(help="bf16 (default) casts all sides first; stored (default if all are LoRA) as saved; fp32."),
     ] = None,
-    spectrum: Annotated[str, typer.Option(help="exact (float64), fast (randomised), none.")] = "exact",
-    ratios: Annotated[
-        str, typer.Option(help="Ratios of subspaces and masks; 10 % is always among them.")
-    ] = "0.01,0.05,0.1,0.2",
+    spectrum: Spectrum = "exact",
+    ratios: Ratios = "0.01,0.05,0.1,0.2",
     null_draws: Annotated[
         int, typer.Option(min=0, metavar="K", help="Simulated rounding-null draws a checkpoint and matrix.")
     ] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws and the bootstrap.")] = 0,
-    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only tensors that match.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave out tensors that match.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one a processor by default.")] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    jobs: Jobs = None,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Take up an unfinished trajectory in DIR, or start again.")
     ] = True,
     quiet: Quiet = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout, and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the checkpoints of one run: every metric at each, mask growth, and when its subspaces lock.
 

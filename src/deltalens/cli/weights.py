@@ -8,7 +8,22 @@ from typing import Annotated
 
 import typer
 
-from deltalens.cli.common import Quiet, Source, Trained, app, bar, numbers, print_analysis
+from deltalens.cli.common import (
+    AsJson,
+    Exclude,
+    Include,
+    Jobs,
+    Quiet,
+    Ratios,
+    Source,
+    Spectrum,
+    Threshold,
+    Trained,
+    app,
+    bar,
+    numbers,
+    print_analysis,
+)
 from deltalens.errors import DeltalensError
 
 __all__ = ["analyze"]
@@ -21,17 +36,15 @@ def analyze(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Write tables, summary and report.html there.")
     ] = None,
-    threshold: Annotated[float, typer.Option(help="τ: an update is visible where |Δ| > τ.")] = 1e-5,
+    threshold: Threshold = 1e-5,
     compare_dtype: Annotated[
         str | None,
         typer.Option(
             help="bf16 (default) casts both sides first; stored (default for LoRA) as saved; fp32 in float32."
         ),
     ] = None,
-    spectrum: Annotated[str, typer.Option(help="exact (float64), fast (randomised), none.")] = "exact",
-    ratios: Annotated[
-        str, typer.Option(help="Ratios of subspaces and masks; 10 % is always among them.")
-    ] = "0.01,0.05,0.1,0.2",
+    spectrum: Spectrum = "exact",
+    ratios: Ratios = "0.01,0.05,0.1,0.2",
     mask_rank: Annotated[
         int | None, typer.Option(help="One more pair of masks of this rank; 64 with --mask-share 0.5 is [G]'s.")
     ] = None,
@@ -53,15 +66,15 @@ def analyze(
     permutation: Annotated[
         str, typer.Option(help="sign flips signs in place; exponent moves updates among weights of one exponent.")
     ] = "sign",
-    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only tensors that match.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave out tensors that match.")] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
-    jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; one a processor by default.")] = None,
+    jobs: Jobs = None,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Take up an unfinished analysis in DIR, or start again.")
     ] = True,
     quiet: Quiet = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout, and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what training did to a model's weights, and print it beside the paper's published runs.
 

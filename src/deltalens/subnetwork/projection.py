@@ -17,17 +17,9 @@ from deltalens.metrics.blocks import delta_blocks, is_tall
 from deltalens.metrics.spectrum import factorise
 from deltalens.metrics.values import prepare
 
-__all__ = ["Projection", "parse_projection"]
+__all__ = ["Projection"]
 
 RESOLVED = 1e-6  # singular values under this share of the largest carry no direction of an update in bf16
-
-
-def parse_projection(rule: str) -> int:
-    """K of `project:K`. Raises ConfigError where it is anything else than a positive number."""
-    kind, _, number = rule.partition(":")
-    if kind != "project" or not number.isdecimal() or int(number) < 1:
-        raise ConfigError(f"{rule!r}: write project:K with K a positive number of directions, for instance project:16")
-    return int(number)
 
 
 class Projection:

@@ -147,11 +147,6 @@ class Objective:
         return (divergence if weight is None else divergence * weight).sum()
 
 
-def _every(step: int, places: Tensor) -> Tensor:
-    """Where `places` are multiples of a step."""
-    return (places % step == 0).nonzero()[:, 0]
-
-
 def head_of(model: Any, hidden: Tensor, temperature: float) -> Head:
     """A model's head; with FSDP2 its matrix is gathered once, here."""
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
