@@ -17,10 +17,10 @@ from deltalens.metrics.coordinate_kernels import (
     BINS,
     NONFINITE,
     RELATIVE_SHARE,
-    count_floats,
     count_words,
-    gather_edges,
+    inside_smallest,
     read_off,
+    split_changed,
 )
 from deltalens.metrics.values import ceil_share, round_threshold, word_values
 
@@ -103,6 +103,8 @@ def measure_coordinates(
         same_bits = count_same_bits(source.view(np.uint8), trained.view(np.uint8), size=source.size)
     if source.dtype != trained.dtype:
         source, trained = source.astype(np.float64, copy=False), trained.astype(np.float64, copy=False)
+    from deltalens.metrics.float_kernels import count_floats, gather_edges
+
     passes = partial(count_floats, source, trained), partial(gather_edges, source, trained)
     return from_floats(source.size, source.dtype, threshold, same_bits, ratios, *passes)
 
@@ -117,18 +119,11 @@ def low_magnitude_coverage(coordinates: Coordinates, ratio: float) -> tuple[floa
     if c.nonfinite:
         return None, None
     if c.exact_bins:
-        inside = _smallest_share(c.total_histogram, ceil_share(ratio, c.size))
-        # No BLAS: for two short products its threads cost more than they bring.
-        visible, nonzero = float((inside * c.visible_histogram).sum()), float((inside * c.nonzero_histogram).sum())
+        k = ceil_share(ratio, c.size)
+        visible, nonzero = inside_smallest(c.total_histogram, c.visible_histogram, c.nonzero_histogram, k)
     else:
         visible, nonzero = c.low_magnitude[ratio]
     return (visible / c.visible if c.visible else None), (nonzero / c.nonzero if c.nonzero else None)
-
-
-def _smallest_share(total: np.ndarray, k: int) -> np.ndarray:
-    """For each bin the share of it that lies among the k smallest: 1, a fraction at the edge, 0. float64[BINS]."""
-    before = np.cumsum(total) - total
-    return np.clip((k - before) / np.maximum(total, 1), 0.0, 1.0)
 
 
 def count_same_bits(source: np.ndarray, trained: np.ndarray, *, size: int) -> int:
@@ -151,6 +146,11 @@ def count_same_bits(source: np.ndarray, trained: np.ndarray, *, size: int) -> in
 
 
 @lru_cache(maxsize=1)
+def _table_words() -> dict[str, int]:
+    return {key: _word(round_threshold(tau, "bf16", "BF16")) for key, tau in SPARSITY_THRESHOLDS.items()}
+
+
+@lru_cache(maxsize=1)
 def _squares() -> np.ndarray:
     return word_values(np.arange(NONFINITE + 1)).astype(np.float64) ** 2
 
@@ -166,16 +166,15 @@ def from_words(size: int, threshold: float, same_bits: int | None, count: Callab
     Without `same_bits` the words are the stored ones.
     """
     total, changed, delta = np.zeros(BINS, np.int64), np.zeros(2 * BINS, np.int64), np.zeros(BINS, np.int64)
-    nonfinite = count(_word(threshold), total, changed, delta) + int(total[NONFINITE:].sum())
+    visible_histogram, nonzero_histogram = np.empty(BINS, np.int64), np.empty(BINS, np.int64)
+    nonfinite = count(_word(threshold), total, changed, delta)
+    visible, nonzero, differ, bad = split_changed(total, changed, delta, visible_histogram, nonzero_histogram)
+    nonfinite += bad
     if same_bits is None:
-        same_bits = size - int(delta.sum())
+        same_bits = size - differ
     if nonfinite:
         return Coordinates(size=size, nonfinite=nonfinite, unchanged_bits=same_bits)
 
-    changed[0] -= delta[0]  # +0 against -0: the words differ, the values do not
-    visible_histogram = changed[1::2].copy()
-    nonzero_histogram = changed[::2] + visible_histogram
-    nonzero = int(nonzero_histogram.sum())
     delta[0] = size - nonzero
     ranks, top_energy = np.array([ceil_share(share, size) for share in TOP_SHARES.values()]), np.zeros(len(TOP_SHARES))
     source_energy, delta_energy = read_off(total, delta, _squares(), ranks, top_energy)
@@ -184,12 +183,9 @@ def from_words(size: int, threshold: float, same_bits: int | None, count: Callab
         nonfinite=0,
         unchanged_bits=same_bits,
         unchanged=size - nonzero,
-        visible=int(visible_histogram.sum()),
+        visible=visible,
         nonzero=nonzero,
-        sparsity_at={
-            key: int(delta[: _word(round_threshold(tau, "bf16", "BF16")) + 1].sum())
-            for key, tau in SPARSITY_THRESHOLDS.items()
-        },
+        sparsity_at={key: int(delta[: last + 1].sum()) for key, last in _table_words().items()},
         relative_sparse=size - nonzero,  # a step is at least 2^-8 of the larger weight, so only Δ = 0 is under η
         source_energy=source_energy,
         delta_energy=delta_energy,

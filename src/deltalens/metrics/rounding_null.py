@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import exp, log, log1p, pi, sqrt
+from math import erfc, exp, log, log1p, pi, sqrt
 from typing import Literal
 
 import numpy as np
 from numba import njit, types
-from scipy.special import erfc
 
 from deltalens.metrics.values import DOUBLES, KERNEL, SINGLES, ceil_share
 
@@ -48,7 +47,7 @@ class RoundingNull:
 
 @dataclass(frozen=True, slots=True)
 class _Classes:
-    """The pairs of distances that occur (float64[C]), and the class of each word and cell (int[32768, cells])."""
+    """The pairs of distances that occur (float64[C], `plus` ascending); each word and cell's class, int[32768, cells]."""
 
     plus: np.ndarray
     minus: np.ndarray
@@ -78,9 +77,12 @@ def fit(
     mass = np.zeros(classes.plus.size)
     _class_mass(total, cells, classes.index, mass)
     used = np.flatnonzero(mass)
-    scale = _solve_scale(classes.plus[used], classes.minus[used], mass[used] / size, observed_count / size)
-    by_class, probability = np.zeros(classes.plus.size), np.zeros(BINS)
-    by_class[used] = _probability(classes.plus[used], classes.minus[used], scale)
+    plus, minus, share = classes.plus[used], classes.minus[used], mass[used] / size
+    middle = plus[np.searchsorted(np.cumsum(share), 0.5 * share.sum())]  # `plus` ascends
+    scale = _solve_scale(plus, minus, share, observed_count / size, middle)
+    by_class, probability, chance = np.zeros(classes.plus.size), np.zeros(BINS), np.empty(used.size)
+    _probability(plus, minus, scale, chance)
+    by_class[used] = chance
     _word_probability(total, cells, classes.index, by_class, probability)
     return RoundingNull(scale, probability)
 
@@ -220,24 +222,39 @@ def _next_down(x: np.ndarray, grid: Grid) -> np.ndarray:
     return -_next_up(-x, grid)
 
 
-def _probability(plus: np.ndarray, minus: np.ndarray, scale: float) -> np.ndarray:
-    with np.errstate(over="ignore", under="ignore"):
-        return 0.5 * (erfc(plus / (sqrt(2.0) * scale)) + erfc(minus / (sqrt(2.0) * scale)))
+@njit(**KERNEL)
+def _chance(plus, minus, scale):  # type: ignore[no-untyped-def]
+    """P(visible) of one class."""
+    if plus == minus:  # all words but the powers of two
+        return erfc(plus / (sqrt(2.0) * scale))
+    return 0.5 * (erfc(plus / (sqrt(2.0) * scale)) + erfc(minus / (sqrt(2.0) * scale)))
 
 
-def _solve_scale(plus: np.ndarray, minus: np.ndarray, share: np.ndarray, density: float) -> float:
+@njit([types.void(DOUBLES, DOUBLES, types.float64, types.float64[::1])], **KERNEL)
+def _probability(plus, minus, scale, out):  # type: ignore[no-untyped-def]
+    for i in range(plus.size):
+        out[i] = _chance(plus[i], minus[i], scale)
+
+
+@njit([types.float64(DOUBLES, DOUBLES, DOUBLES, types.float64, types.float64)], **KERNEL)
+def _solve_scale(plus, minus, share, density, start):  # type: ignore[no-untyped-def]
     """The s at which Σ share · P(s) = density. Newton in log s on the log-odds, held inside a bracket.
 
-    The mean of P rises with s from 0 to 1, so there is one root; log-odds make the curve nearly straight.
+    The mean of P rises with s from 0 to 1, so there is one root; log-odds make the curve nearly straight. `start`: a
+    scale to begin at.
     """
     goal = log(density) - log1p(-density)
     low, high = log(1e-46), log(1e40)
-    order = np.argsort(plus)
-    middle = plus[order][np.searchsorted(np.cumsum(share[order]), 0.5 * share.sum())]
-    x = log(max(float(middle), 1e-45))
+    x = log(max(start, 1e-45))
     for _ in range(200):
         scale = exp(x)
-        mean = float(share @ _probability(plus, minus, scale))
+        mean = slope = 0.0
+        for i in range(plus.size):
+            mean += share[i] * _chance(plus[i], minus[i], scale)
+            above, below = plus[i] / scale, minus[i] / scale
+            slope += share[i] * above * exp(-0.5 * above * above)
+            slope += share[i] * below * exp(-0.5 * below * below)
+        slope /= sqrt(2.0 * pi)
         if abs(mean - density) <= 2e-12 * density:
             break
         if mean < density:
@@ -245,15 +262,10 @@ def _solve_scale(plus: np.ndarray, minus: np.ndarray, share: np.ndarray, density
         else:
             high = x
         x_next = 0.5 * (low + high)
-        if 0.0 < mean < 1.0:
-            with np.errstate(under="ignore", over="ignore"):
-                slope = sum(float(share @ (d / scale * np.exp(-0.5 * (d / scale) ** 2))) for d in (plus, minus)) / sqrt(
-                    2.0 * pi
-                )
-            if slope > 0.0:
-                newton = x + (goal - log(mean) + log1p(-mean)) * mean * (1.0 - mean) / slope
-                if low < newton < high:
-                    x_next = newton
+        if 0.0 < mean < 1.0 and slope > 0.0:
+            newton = x + (goal - log(mean) + log1p(-mean)) * mean * (1.0 - mean) / slope
+            if low < newton < high:
+                x_next = newton
         if x_next == x or high - low < 1e-15:
             break
         x = x_next

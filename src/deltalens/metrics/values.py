@@ -7,6 +7,7 @@ tensor is stored so. Every function here lets go of the interpreter's lock while
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import lru_cache
 from math import ceil
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ WORDS, SINGLES, DOUBLES = _array(types.uint16), _array(types.float32), _array(ty
 KERNEL: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False}
 
 
+@lru_cache(maxsize=4096)
 def ceil_share(ratio: float, size: int) -> int:
     """⌈ratio · size⌉ with `ratio` read as the decimal that it is written as: 0.1 of 30 is 3 (in floats 4)."""
     return ceil(Fraction(repr(float(ratio))) * size)
@@ -111,6 +113,7 @@ def _aligned(raw: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return values if values.flags.aligned else values.copy()
 
 
+@lru_cache(maxsize=256)
 def round_threshold(tau: float, compare: Compare, stored_dtype: str) -> float:
     """τ rounded to the dtype in which Δ is taken: 1.00136e-5 for 1e-5 in bf16, a value that Δ itself takes."""
     if compare == "bf16":
