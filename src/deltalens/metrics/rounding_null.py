@@ -47,7 +47,7 @@ class RoundingNull:
 
 @dataclass(frozen=True, slots=True)
 class _Classes:
-    """The pairs of distances that occur (float64[C], `plus` ascending); each word and cell's class, int[32768, cells]."""
+    """The pairs of distances that occur (float64[C], `plus` ascending); each word and cell's class, int[32768, …]."""
 
     plus: np.ndarray
     minus: np.ndarray
