@@ -10,7 +10,7 @@ import sys
 from typing import NoReturn
 
 # Their commands register themselves.
-from deltalens.cli import compare, models, patches, subnetwork, train, trajectory, weights  # noqa: F401
+from deltalens.cli import compare, models, patches, study, subnetwork, train, trajectory, weights  # noqa: F401
 from deltalens.cli.common import app
 from deltalens.errors import DeltalensError
 
