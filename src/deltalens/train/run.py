@@ -28,7 +28,7 @@ from deltalens._version import __version__
 from deltalens.errors import ConfigError
 from deltalens.files import whole_file
 from deltalens.train.build import build_trainer
-from deltalens.train.config import OPDRun, SeqKDRun
+from deltalens.train.config import OPDRun, Run, SeqKDRun
 from deltalens.train.data import data_hash
 from deltalens.train.embedded import embedded_model
 from deltalens.train.guard import last_checkpoint
@@ -42,6 +42,7 @@ __all__ = ["RunResult", "model_hash", "train"]
 
 # Where model and teachers lie does not matter, their hashes are compared; the others change nothing of the result.
 _FREE = {"model", "mask", "teacher", "teachers", "save_master", "checkpoint_every", "geometry_every", "report_to"}
+_DEFAULTS: dict[str, Any] = {name: field.default for name, field in Run.model_fields.items() if not field.is_required()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +190,9 @@ def _open(folder: Path, manifest: dict[str, Any], *, write: bool) -> bool:
         config = earlier["config"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{file}: cannot be read; use --fresh to start over, or another folder") from None
-    changed = [k for k in manifest["config"] if config.get(k) != manifest["config"][k] and k not in _FREE]
+    # A key that an older version did not have stood at its default.
+    earlier_config = _DEFAULTS | config
+    changed = [k for k in manifest["config"] if earlier_config.get(k) != manifest["config"][k] and k not in _FREE]
     changed += [
         k for k in ("data_blake3", "model_blake3", "mask_blake3", "teachers_blake3") if earlier.get(k) != manifest[k]
     ]
