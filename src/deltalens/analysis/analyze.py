@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,9 @@ def analyze(
         if output is not None:
             with writing(output, "-o"):
                 journal = Journal(Path(output), _identity(before, after, full, pairing, settings), resume=resume)
+        # What the end needs loads while the workers count, who need little of the interpreter.
+        libraries = ("polars",) if output is None else ("polars", "deltalens.report.html", "jinja2")
+        threading.Thread(target=lambda: [import_module(name) for name in libraries], daemon=True).start()
         try:
             measured = measure_all(
                 pairing.pairs,

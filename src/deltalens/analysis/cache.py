@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 import numpy as np
 
 from deltalens.errors import DeltalensError
 from deltalens.files import whole_file
-from deltalens.metrics.spectrum import Factorisation
+
+if TYPE_CHECKING:
+    from deltalens.metrics.spectrum import Factorisation
 
 __all__ = ["FactorisationCache"]
 
@@ -34,6 +37,8 @@ class FactorisationCache:
         Raises:
             DeltalensError: the folder cannot be written.
         """
+        from deltalens.metrics.spectrum import Factorisation
+
         file = self.folder / f"{content_hash}-{shape[0]}x{shape[1]}-k{k}-{compare}.npz"
         try:
             with np.load(file, allow_pickle=False) as stored:

@@ -18,7 +18,7 @@ from deltalens.analysis.fast import FastColumns
 from deltalens.analysis.pair import Buffers, Measured, SourceSide, measure_against, read_source
 from deltalens.analysis.runs import RunTensor
 from deltalens.analysis.settings import Settings
-from deltalens.analysis.spectral import SpectralColumns, excess
+from deltalens.analysis.spectral import SpectralColumns
 from deltalens.checkpoint.base import Checkpoint
 from deltalens.checkpoint.pairing import TensorPair
 from deltalens.metrics.alignment import DeltaPass, delta_pass, delta_pass_and_gram
@@ -29,7 +29,7 @@ from deltalens.metrics.masks import MaskSums, PrincipalMembers
 from deltalens.metrics.overlap import SUBSPACE, Subspaces, subspace_similarity
 from deltalens.metrics.random_values import subspace_similarity_random
 from deltalens.metrics.randomised import RankEstimate
-from deltalens.metrics.rounding_null import BINS, RoundingNull
+from deltalens.metrics.rounding_null import BINS, RoundingNull, excess
 from deltalens.metrics.single_precision import long_vectors, single_delta_blocks
 from deltalens.metrics.spectrum import NEARLY_SQUARE, Blocks, Factorisation, factorise_update
 from deltalens.metrics.trajectory import MaskHistory, overlap, pack_visible, product_subspaces, subspaces

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from blake3 import blake3
 
 from deltalens.analysis.cache import FactorisationCache
-from deltalens.analysis.fast import FastColumns
 from deltalens.analysis.settings import KINDS, Settings, mask_shares, mask_suffix, ratio_suffix
-from deltalens.analysis.spectral import SpectralColumns, excess
 from deltalens.checkpoint.base import DTYPE_BYTES, Checkpoint
 from deltalens.checkpoint.formats.peft import LoraSource
 from deltalens.checkpoint.pairing import TensorPair
 from deltalens.metrics.coordinates import Coordinates, low_magnitude_coverage, measure_coordinates
-from deltalens.metrics.rounding_null import RoundingNull, expected_low_magnitude_coverage, fine_histogram, fit
+from deltalens.metrics.rounding_null import (
+    RoundingNull,
+    excess,
+    expected_low_magnitude_coverage,
+    fine_histogram,
+    fit,
+)
 from deltalens.metrics.values import ceil_share, prepare, round_threshold
+
+if TYPE_CHECKING:  # loaded where a spectrum is wanted: without one, loading them would take as long as the work
+    from deltalens.analysis.spectral import SpectralColumns
 
 __all__ = ["Buffers", "Measured", "SourceSide", "measure", "measure_against", "read_source"]
 
@@ -98,7 +104,7 @@ def read_source(pair: TensorPair, source: Checkpoint, settings: Settings, buffer
         CheckpointError: the tensor's bytes cannot be read.
     """
     raw = _read(source, pair.source_name, pair.source_start, pair, buffers, "source")
-    content_hash = blake3(raw.data).hexdigest() if settings.spectrum != "none" else None
+    content_hash = _hash(raw) if settings.spectrum != "none" else None
     return SourceSide(raw, prepare(raw, pair.source_dtype, settings.compare), content_hash)
 
 
@@ -113,6 +119,7 @@ def measure_against(
     cache: FactorisationCache | None = None,
     columns_of: Callable[..., SpectralColumns] | None = None,
     seen: Seen | None = None,
+    hashed: bool = True,
 ) -> Measured:
     """`measure` with SOURCE's side at hand; what is made of that side is left in it for the next checkpoint.
 
@@ -120,6 +127,7 @@ def measure_against(
         side: from `read_source`, for a pair with the same part of SOURCE.
         columns_of: what makes the spectral columns, instead of what the settings say.
         seen: called once the counts of a finite tensor are there.
+        hashed: whether the result has the hash of TRAINED's side.
 
     The others, and what is raised, as in `measure`.
     """
@@ -127,13 +135,13 @@ def measure_against(
     raw_trained = _read(trained, pair.trained_name, pair.trained_start, pair, buffers, "trained")
     after = prepare(raw_trained, pair.trained_dtype, settings.compare)
     tau = round_threshold(settings.threshold, settings.compare, _finer(pair))
-    coordinates_of, default_columns = _backend(settings)
-    coordinates = coordinates_of(
+    coordinates = _coordinate_pass(settings)(
         before, after, threshold=tau, stored=(raw_source, raw_trained), ratios=mask_shares(settings)
     )
     result = Measured(_identity(pair))
     if settings.spectrum != "none":
-        result.source_hash, result.trained_hash = side.content_hash, blake3(raw_trained.data).hexdigest()
+        result.source_hash = side.content_hash
+        result.trained_hash = _hash(raw_trained) if hashed else None
     row = result.row
     row |= _coordinate_columns(coordinates, same_dtype=pair.source_dtype == pair.trained_dtype)
     if coordinates.nonfinite:
@@ -148,7 +156,7 @@ def measure_against(
         return result
     shape = (pair.shape[0], pair.shape[1])
     left, right = before.reshape(shape), after.reshape(shape)
-    make = columns_of or default_columns
+    make = columns_of or _spectral_columns(settings)
     spectral = make(left, right, coordinates, tau, nulls, settings, _low_rank(pair, trained, settings))
     if side.factorised is not None:
         spectral.share_source(side.factorised)
@@ -165,13 +173,33 @@ def measure_against(
     return result
 
 
-def _backend(settings: Settings) -> tuple[Callable[..., Coordinates], type[SpectralColumns]]:
-    """The coordinate pass and the spectral columns, on the processor or on a device (only then is torch imported)."""
+def _hash(raw: np.ndarray) -> str:
+    from blake3 import blake3
+
+    return blake3(raw.data).hexdigest()
+
+
+def _coordinate_pass(settings: Settings) -> Callable[..., Coordinates]:
+    """On the processor or on a device (only then is torch imported)."""
     if settings.device != "cpu":
         from deltalens.accelerator import backend
 
-        return backend(settings.device)
-    return measure_coordinates, FastColumns if settings.spectrum == "fast" else SpectralColumns
+        return backend(settings.device)[0]
+    return measure_coordinates
+
+
+def _spectral_columns(settings: Settings) -> type[SpectralColumns]:
+    if settings.device != "cpu":
+        from deltalens.accelerator import backend
+
+        return backend(settings.device)[1]
+    if settings.spectrum == "fast":
+        from deltalens.analysis.fast import FastColumns
+
+        return FastColumns
+    from deltalens.analysis.spectral import SpectralColumns
+
+    return SpectralColumns
 
 
 def _low_rank(pair: TensorPair, trained: Checkpoint, settings: Settings) -> tuple[np.ndarray, np.ndarray] | None:
@@ -269,12 +297,18 @@ def _low_magnitude_columns(
     named = [(ratio, ratio_suffix(ratio)) for ratio in settings.ratios]
     if settings.mask_rank:
         named.append((settings.mask_share, mask_suffix(settings)))
+    shares = mask_shares(settings)
+    expected: list[dict[float, float]] = [
+        {}
+        if null is None
+        else dict(zip(shares, expected_low_magnitude_coverage(null, c.total_histogram, shares), strict=True))
+        for null in nulls
+    ]
     for ratio, suffix in named:
-        for kind, seen, null in zip(KINDS, low_magnitude_coverage(c, ratio), nulls, strict=True):
-            expected = None if null is None else expected_low_magnitude_coverage(null, c.total_histogram, ratio)
+        for kind, seen, by_share in zip(KINDS, low_magnitude_coverage(c, ratio), expected, strict=True):
             name = f"low_magnitude_coverage_{suffix}{kind}"
             row[name] = seen
             row[f"{name}_random"] = ceil_share(ratio, c.size) / c.size
-            row[f"{name}_null"] = expected
-            row[f"{name}_excess"] = excess(seen, expected)
+            row[f"{name}_null"] = by_share.get(ratio)
+            row[f"{name}_excess"] = excess(seen, by_share.get(ratio))
     return row

@@ -6,13 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import polars as pl
 
 from deltalens.analysis.pair import Measured
 from deltalens.files import whole_file
+
+if TYPE_CHECKING:  # loaded when the first table is made
+    import polars as pl
 
 __all__ = ["AnalysisResult", "table_of"]
 
@@ -68,6 +70,8 @@ class AnalysisResult:
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
     """Columns in the order in which they first appear; a column that a row lacks is null there."""
+    import polars as pl
+
     names: dict[str, None] = {}
     for row in sorted(rows, key=len, reverse=True):  # the fullest row gives the order
         names.update(dict.fromkeys(row))
@@ -77,6 +81,8 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
 
 
 def _dtype(values: Sequence[Any]) -> Any:
+    import polars as pl
+
     kinds = {type(value) for value in values if value is not None}
     if kinds == {str}:
         return pl.String
@@ -84,6 +90,8 @@ def _dtype(values: Sequence[Any]) -> Any:
 
 
 def _spectra_table(measured: Sequence[Measured]) -> pl.DataFrame:
+    import polars as pl
+
     places: list[np.ndarray] = []
     indices: list[np.ndarray] = []
     values: list[np.ndarray] = []

@@ -18,7 +18,7 @@ from deltalens.metrics.alignment import DeltaPass, delta_pass, principal_sines, 
 from deltalens.metrics.blocks import delta_blocks, is_tall, value_blocks
 from deltalens.metrics.coordinates import Coordinates, low_magnitude_coverage, measure_coordinates
 from deltalens.metrics.masks import MaskSpec, MaskSums, entry_codes, principal_mask_sums
-from deltalens.metrics.rounding_null import RoundingNull
+from deltalens.metrics.rounding_null import RoundingNull, excess
 from deltalens.metrics.spectrum import (
     TOP_ENERGIES,
     Factorisation,
@@ -29,12 +29,7 @@ from deltalens.metrics.spectrum import (
 )
 from deltalens.metrics.values import word_values
 
-__all__ = ["SpectralColumns", "excess"]
-
-
-def excess(observed: float | None, null: float | None) -> float | None:
-    """Observed ÷ null, None where either is undefined."""
-    return observed / null if observed is not None and null else None
+__all__ = ["SpectralColumns"]
 
 
 class SpectralColumns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,22 @@ from deltalens.cli.common import (
 from deltalens.errors import DeltalensError
 
 __all__ = ["analyze"]
+
+
+def _load_kernels_alone() -> None:
+    """Load numba's kernels without SciPy's linear algebra.
+
+    numba imports it with its first kernel, in case one multiplies matrices; ours of the coordinate pass do not, and it
+    takes longer than the pass over a small model. Once refused, it can still be imported by whoever wants it.
+    """
+    name = "scipy.linalg"
+    if name in sys.modules:
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # how the import system is told that there is none
+    try:
+        import deltalens.metrics.values  # noqa: F401
+    finally:
+        del sys.modules[name]
 
 
 @app.command()
@@ -88,6 +105,8 @@ def analyze(
 
       deltalens analyze base/ trained/ --spectrum none --json | jq .global.sparsity
     """
+    if spectrum == "none":
+        _load_kernels_alone()
     from deltalens.analysis import Settings
     from deltalens.analysis import analyze as run
 

@@ -90,9 +90,15 @@ def split_changed(total, changed, delta, visible, nonzero):  # type: ignore[no-u
     return seen, moved, differ, bad
 
 
-@njit([types.UniTuple(types.float64, 2)(COUNTERS, COUNTERS, DOUBLES, COUNTERS, types.float64[::1])], **KERNEL)
-def read_off(total, delta, squares, ranks, top_energy):  # type: ignore[no-untyped-def]
-    """‖W‖², ‖Δ‖², and in `top_energy` that of the `ranks` largest |Δ|, from the histograms. Smallest terms first."""
+@njit(
+    [types.UniTuple(types.float64, 2)(COUNTERS, COUNTERS, DOUBLES, COUNTERS, types.float64[::1], COUNTERS, COUNTERS)],
+    **KERNEL,
+)
+def read_off(total, delta, squares, ranks, top_energy, lasts, below):  # type: ignore[no-untyped-def]
+    """‖W‖², ‖Δ‖² from the histograms, smallest terms first.
+
+    Into `top_energy` goes the energy of the `ranks` largest |Δ|, into `below` how many |Δ| lie up to the word `lasts`.
+    """
     source_energy = delta_energy = 0.0
     for i in range(NONFINITE):
         source_energy += total[i] * squares[i]
@@ -108,6 +114,9 @@ def read_off(total, delta, squares, ranks, top_energy):  # type: ignore[no-untyp
                 wanted -= take
                 if not wanted:
                     break
+    for j in range(lasts.size):
+        for i in range(lasts[j] + 1):
+            below[j] += delta[i]
     return source_energy, delta_energy
 
 

@@ -146,8 +146,8 @@ def count_same_bits(source: np.ndarray, trained: np.ndarray, *, size: int) -> in
 
 
 @lru_cache(maxsize=1)
-def _table_words() -> dict[str, int]:
-    return {key: _word(round_threshold(tau, "bf16", "BF16")) for key, tau in SPARSITY_THRESHOLDS.items()}
+def _table_words() -> np.ndarray:
+    return np.array([_word(round_threshold(tau, "bf16", "BF16")) for tau in SPARSITY_THRESHOLDS.values()], np.int64)
 
 
 @lru_cache(maxsize=1)
@@ -177,7 +177,8 @@ def from_words(size: int, threshold: float, same_bits: int | None, count: Callab
 
     delta[0] = size - nonzero
     ranks, top_energy = np.array([ceil_share(share, size) for share in TOP_SHARES.values()]), np.zeros(len(TOP_SHARES))
-    source_energy, delta_energy = read_off(total, delta, _squares(), ranks, top_energy)
+    below = np.zeros(len(SPARSITY_THRESHOLDS), np.int64)
+    source_energy, delta_energy = read_off(total, delta, _squares(), ranks, top_energy, _table_words(), below)
     return Coordinates(
         size=size,
         nonfinite=0,
@@ -185,7 +186,7 @@ def from_words(size: int, threshold: float, same_bits: int | None, count: Callab
         unchanged=size - nonzero,
         visible=visible,
         nonzero=nonzero,
-        sparsity_at={key: int(delta[: last + 1].sum()) for key, last in _table_words().items()},
+        sparsity_at=dict(zip(SPARSITY_THRESHOLDS, below.tolist(), strict=True)),
         relative_sparse=size - nonzero,  # a step is at least 2^-8 of the larger weight, so only Δ = 0 is under η
         source_energy=source_energy,
         delta_energy=delta_energy,

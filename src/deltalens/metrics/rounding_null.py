@@ -11,6 +11,7 @@ which moves the boundary by less than half a spacing of τ, for weights below 2�
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import erfc, exp, log, log1p, pi, sqrt
@@ -24,6 +25,7 @@ from deltalens.metrics.values import DOUBLES, KERNEL, SINGLES, ceil_share
 __all__ = [
     "FINE_CELLS",
     "RoundingNull",
+    "excess",
     "expected_coverage",
     "expected_low_magnitude_coverage",
     "fine_histogram",
@@ -118,6 +120,11 @@ def _word_probability(total, fine, index, by_class, probability):  # type: ignor
                 probability[word] += by_class[index[word, cell]] * _share(fine, word, cell, index.shape[1])
 
 
+def excess(observed: float | None, null: float | None) -> float | None:
+    """Observed ÷ null, None where either is undefined."""
+    return observed / null if observed is not None and null else None
+
+
 def expected_coverage(null: RoundingNull, total_histogram: np.ndarray, mask_histogram: np.ndarray) -> float:
     """Σ_mask P / Σ P, the share of the visible updates that the null puts in a mask.
 
@@ -127,22 +134,35 @@ def expected_coverage(null: RoundingNull, total_histogram: np.ndarray, mask_hist
     return float((null.probability * mask_histogram).sum() / (null.probability * total_histogram).sum())
 
 
-def expected_low_magnitude_coverage(null: RoundingNull, total_histogram: np.ndarray, ratio: float) -> float:
-    """`expected_coverage` of the ⌈ratio · N⌉ smallest weights; the word at the edge counts by the share that fits."""
+def expected_low_magnitude_coverage(
+    null: RoundingNull, total_histogram: np.ndarray, ratios: Sequence[float]
+) -> list[float]:
+    """`expected_coverage` of the ⌈ratio · N⌉ smallest weights; the word at the edge counts by the share that fits.
+
+    One value for each of `ratios`, which ascend.
+    """
     total = np.ascontiguousarray(total_histogram, np.int64)
-    return float(_low_magnitude_mass(null.probability, total, ceil_share(ratio, int(total.sum()))))
+    size = int(total.sum())
+    inside = np.zeros(len(ratios))
+    wanted = np.array([ceil_share(ratio, size) for ratio in ratios], np.int64)
+    everything = _low_magnitude_mass(null.probability, total, wanted, inside)
+    return (inside / everything).tolist()
 
 
-@njit([types.float64(DOUBLES, _COUNTS, types.int64)], **KERNEL)
-def _low_magnitude_mass(probability, total, wanted):  # type: ignore[no-untyped-def]
-    inside = everything = 0.0
+@njit([types.float64(DOUBLES, _COUNTS, _COUNTS, types.float64[::1])], **KERNEL)
+def _low_magnitude_mass(probability, total, wanted, inside):  # type: ignore[no-untyped-def]
+    """Σ P of the `wanted` smallest weights (ascending) into `inside`; returns that of all."""
+    everything = 0.0
+    before = np.int64(0)
+    at = 0
     for word in range(total.size):
         if total[word]:
-            take = min(wanted, total[word])
-            wanted -= take
-            inside += take * probability[word]
+            while at < wanted.size and wanted[at] <= before + total[word]:
+                inside[at] = everything + (wanted[at] - before) * probability[word]
+                at += 1
+            before += total[word]
             everything += total[word] * probability[word]
-    return inside / everything
+    return everything
 
 
 @njit([types.void(SINGLES, types.int64[::1])], **KERNEL)
@@ -178,10 +198,13 @@ def _classes(grid: Grid, tau: float, fine: bool) -> _Classes:
     up, down = _floor(centre + tau, grid), _ceil(centre - tau, grid)
     plus = 0.5 * (up + _next_up(up, grid)) - weight
     minus = weight - 0.5 * (down + _next_down(down, grid))
-    pairs, index = np.unique(np.stack([plus.ravel(), minus.ravel()], axis=1), axis=0, return_inverse=True)
-    return _Classes(
-        np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1]), index.reshape(bits.shape).astype(np.int64)
-    )
+    plus, minus = plus.ravel(), minus.ravel()
+    order = np.lexsort((minus, plus))  # not np.unique: it loads numpy.ma, which takes longer than this function
+    first = np.ones(order.size, bool)
+    first[1:] = (np.diff(plus[order]) != 0) | (np.diff(minus[order]) != 0)
+    index = np.empty(order.size, np.int64)
+    index[order] = np.cumsum(first) - 1
+    return _Classes(plus[order][first], minus[order][first], index.reshape(bits.shape))
 
 
 def _float64_of(bits: np.ndarray) -> np.ndarray:
