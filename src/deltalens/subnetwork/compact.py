@@ -2,7 +2,8 @@
 
 A hook on each parameter gathers the masked entries of its gradient into a float32 buffer and frees the dense gradient
 before the next layer's is made. The optimizer, torch's own, updates one small float32 tensor each, which holds the
-masked weights and is written back after each step; everything off the mask keeps its bits.
+masked weights and is written back after each step; everything off the mask keeps its bits. On a CPU compiled loops do
+the gathering and writing back, and AdamW as a whole on float32 weights (`kernels`).
 """
 
 from __future__ import annotations
@@ -196,6 +197,12 @@ class CompactOptimizer(torch.optim.Optimizer):
         else:
             self.clip_grad_norm(self.max_grad_norm)
         moving = [tensor for tensor in self.tensors if tensor.filled and tensor.count]
+        self._update(moving)
+        self.zero_grad()
+        return loss
+
+    def _update(self, moving: list[CompactTensor]) -> None:
+        """Update these tensors' weights by their gradients, which are whole."""
         for tensor in moving:
             tensor.load()
             tensor.values.grad = tensor.grad
@@ -204,8 +211,6 @@ class CompactOptimizer(torch.optim.Optimizer):
         for tensor in moving:
             tensor.values.grad = None
             tensor.store()
-        self.zero_grad()
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the accumulated gradients."""

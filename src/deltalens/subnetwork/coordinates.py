@@ -16,7 +16,6 @@ from deltalens.subnetwork.distributed import local_mask, local_tensor
 
 __all__ = ["CompactTensor", "Found", "Restriction", "find_parameters", "mover"]
 
-CHUNK = 1 << 17  # coordinates written back at once on the CPU
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -89,7 +88,8 @@ class CompactTensor:
         index: flat positions in this rank's part, ascending, int32 (int64 from 2³¹ elements on); None: all of them.
         values: what torch's optimizer updates: (count,) or, where all of a matrix is trained, of the matrix's shape.
             float32 (float64 for float64 weights): the master of narrower weights, a copy of float32 ones, which saves
-            gathering them in every step. Of length 0 before the first step.
+            gathering them in every step. Of length 0 before the first step, and where an optimizer updates the weights
+            where they lie.
         grad: the accumulated gradient, of the same shape: a view into a buffer.
         filled: whether there is a gradient since the last step.
     """
@@ -144,7 +144,11 @@ class CompactTensor:
         if self.basis is not None:
             gradient = (gradient.to(torch.float32) @ self.basis) @ self.basis.T
         flat, into = gradient.reshape(-1), self.grad.view(-1)
-        if self.index is not None and not self.filled and flat.dtype == self.dtype:
+        if self.index is not None and self.compiled and flat.dtype in (torch.float32, torch.bfloat16):
+            from deltalens.subnetwork.kernels import gather
+
+            gather(flat, self.index, into, add=self.filled)
+        elif self.index is not None and not self.filled and flat.dtype == self.dtype:
             torch.index_select(flat, 0, self.index, out=into)
         else:
             taken = flat if self.index is None else flat.index_select(0, self.index)
@@ -173,17 +177,20 @@ class CompactTensor:
             if self.has_master:
                 flat.copy_(new)
         else:
-            # As integers: CPU kernels scatter bfloat16 at half the speed. In chunks on the CPU, since `scatter_` wants
-            # int64 positions, and a large temporary costs more in page faults than the scatter itself.
-            flat_bits = flat.view(_INTEGERS[flat.element_size()])
-            new_bits = new.to(flat.dtype).view(flat_bits.dtype)
-            if self.count <= CHUNK or flat.device.type != "cpu":
-                flat_bits.scatter_(0, self.index.long(), new_bits)
+            new = new.to(flat.dtype)
+            if self.compiled:
+                from deltalens.subnetwork.kernels import scatter
+
+                scatter(flat, self.index, new)
             else:
-                scratch = torch.empty(CHUNK, dtype=torch.int64)
-                for positions, part in zip(self.index.split(CHUNK), new_bits.split(CHUNK), strict=True):
-                    flat_bits.scatter_(0, scratch[: len(positions)].copy_(positions), part)
+                bits = _INTEGERS[flat.element_size()]  # faster than bfloat16's own
+                flat.view(bits).scatter_(0, self.index.long(), new.view(bits))
         self._version = flat._version
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the kernels of `deltalens.subnetwork.kernels` serve this tensor: part of one on the CPU."""
+        return self.index is not None and self.index.dtype == torch.int32 and self.index.device.type == "cpu"
 
     @property
     def copied_bytes(self) -> int:

@@ -15,7 +15,7 @@ from torch import nn
 
 from deltalens.errors import ConfigError
 from deltalens.subnetwork.compact import CompactOptimizer
-from deltalens.subnetwork.coordinates import Restriction
+from deltalens.subnetwork.coordinates import CompactTensor, Restriction
 
 __all__ = [
     "CompactAdamW",
@@ -30,10 +30,32 @@ __all__ = [
 
 
 class CompactAdamW(CompactOptimizer, torch.optim.AdamW):
-    """`torch.optim.AdamW` on a mask; fused unless `fused` or `foreach` is given."""
+    """`torch.optim.AdamW` on a mask; fused unless `fused` or `foreach` is given.
+
+    Fused on the CPU, float32 weights are updated where they lie by a loop of our own, as torch would but for rounding.
+    """
 
     def __init__(self, model: nn.Module, mask: Restriction, **settings: Any) -> None:
         super().__init__(model, mask, **_fused(settings))
+
+    def _update(self, moving: list[CompactTensor]) -> None:
+        groups = {id(p): group for group in self.param_groups if _is_plain(group) for p in group["params"]}
+        in_place = [t for t in moving if t.compiled and t.weights.dtype == torch.float32 and id(t.values) in groups]
+        if in_place:
+            from deltalens.subnetwork.kernels import adamw_calls, run
+
+            calls: list[Any] = []
+            for tensor in in_place:
+                state = self.state[tensor.values]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(tensor.grad) for _ in range(2))
+                assert tensor.index is not None
+                calls += adamw_calls(tensor.weights, tensor.index, tensor.grad, state, groups[id(tensor.values)])
+            run(calls)
+        done = set(map(id, in_place))
+        if rest := [tensor for tensor in moving if id(tensor) not in done]:
+            super()._update(rest)
 
 
 class CompactAdamWNoMomentum(CompactAdamW):
@@ -120,6 +142,11 @@ class WholeMatrixMuon(CompactOptimizer, torch.optim.Muon):
         if sharded := [tensor.name for tensor in self.tensors if tensor.size != tensor.parameter.numel()]:
             raise ConfigError(f"{sharded[0]}: Muon needs whole matrices, but this one is sharded; use DDP")
         return groups
+
+
+def _is_plain(group: dict[str, Any]) -> bool:
+    """Whether a group asks for torch's fused AdamW and for none of its variants."""
+    return group["fused"] and not (group["amsgrad"] or group["maximize"] or group["differentiable"])
 
 
 def _fused(settings: dict[str, Any]) -> dict[str, Any]:
