@@ -75,7 +75,7 @@ def plan(study: Study) -> Plan:
     _refuse_circles(study)  # before names are followed
     found: dict[str, Step] = {}
     if isinstance(study.source, SmallVLM):
-        found["build:source"] = Step("build:source", study.source.model_dump())
+        found["build:source"] = _step("build:source", study.source.model_dump(), {}, (), {"source"})
     found["eval:source"] = _evaluation(study, "source", _source(study), frozenset({"source"}))
     for one in expand(study):
         if study.runs[one.run].checkpoint is None:

@@ -1,0 +1,67 @@
+"""A study on a tiny random model: everything is really trained and measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deltalens.study import Outcome, Runner, load_study, write_pages
+
+
+def test_study_of_a_tiny_model(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content: dict[str, Any] = {
+        "name": "tiny",
+        "source": str(tiny_model),
+        "task": "sums",
+        "defaults": {"steps": 2, "prompts_per_step": 2, "learning_rate": 1e-2, "max_new_tokens": 2, "warmup_steps": 0},
+        "runs": {
+            "teacher": {"method": "sft"},
+            "opd": {"method": "opd", "teacher": "teacher", "snapshot_every": 1, "geometry_every": 1},
+            "masked": {"method": "opd", "teacher": "teacher", "mask": {"select": "first:1", "from": "opd"}},
+            "random": {"method": "sft", "mask": {"select": "random", "like": "opd"}},
+        },
+        "evaluate": {"problems": 4, "max_new_tokens": 2, "curves": ["opd"], "steps": [1], "curve_problems": 2},
+        "analyze": {"null_draws": 1, "compare_draws": 1},
+        "comparisons": {"pair": ["opd", "teacher"]},
+        "trajectories": ["opd"],
+        "tables": {"main": ["opd"], "subnetwork": ["opd", "masked", "random"]},
+        "claims": [
+            {"id": "overlap", "text": "overlap", "rule": "above", "spread": 0.0, "chance": 0.0,
+             "seen": "compare:pair/opd>teacher:a_in_b"},
+        ],
+    }  # fmt: skip
+    study = load_study(content)
+    made = Runner(study, tmp_path)
+    made.run()
+    numbers = made.numbers()
+    assert set(numbers) == set(made.plan.steps)
+    assert numbers["analyze:opd-s0"]["stable_rank_null"]["mean"] > 0
+    assert 0 < numbers["mask:masked-s0"]["density"] <= 1
+    assert numbers["mask:random-s0"]["density"] == pytest.approx(1 - numbers["analyze:opd-s0"]["sparsity"], abs=1e-3)
+    assert numbers["train:opd-s0"]["diagnostics"]["rms_variation"]["mean"] > 0
+    assert [one["step"] for one in numbers["trajectory:opd-s0"]["checkpoints"]] == [1, 2]
+    assert {one["a"] for one in numbers["compare:pair"]["pairs"]} <= {"opd-s0", "teacher-s0"}
+    outcome = Outcome(study, numbers)
+    assert outcome.verdict(study.claims[0]).verdict == "reproduced"
+    write_pages(outcome, tmp_path, {"command": "x", "versions": [], "outdated": []})
+
+    # What lies there is taken over where its record is lost: nothing is trained or generated again.
+    for file in (tmp_path / "records").iterdir():
+        file.unlink()
+    manifest = tmp_path / "runs" / "teacher-s0" / "manifest.json"
+    older = json.loads(manifest.read_text())
+    del older["config"]["optimizer"]  # as a version before that key would have written it
+    manifest.write_text(json.dumps(older))
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("made again")
+
+    monkeypatch.setattr("deltalens.train.run.build_trainer", never)
+    monkeypatch.setattr("deltalens.train.evaluate.generate", never)
+    again = Runner(study, tmp_path)
+    again.run()
+    assert again.numbers().keys() == numbers.keys()
+    assert {step: record["hash"] for step, record in again.records.items()} == {
+        step: record["hash"] for step, record in made.records.items()
+    }
