@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from study_fixtures import Stub, small_study
 from typer.testing import CliRunner
 
 from deltalens.errors import ConfigError
 from deltalens.study import Outcome, Runner, load_study, write_pages
-
-from study_fixtures import Stub, small_study
 
 MADE = {"command": "deltalens study small", "versions": ["deltalens 0"], "outdated": []}
 

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import yaml
+from study_fixtures import small_study
 
 from deltalens.errors import ConfigError
 from deltalens.study import Outcome, load_study, packaged_studies, plan, select
 from deltalens.study.plan import model_of
 from deltalens.study.spec import expand, instance_of
-
-from study_fixtures import small_study
 
 
 @pytest.mark.parametrize(
