@@ -62,16 +62,50 @@ class Gate:
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     @contextmanager
-    def hold(self, elements: int) -> Iterator[None]:
+    def largest(self, waiting: list[int], items: Sequence[Item]) -> Iterator[int]:
+        """Hold the first of `waiting` that may come in, and take it from there.
+
+        `waiting` has places in `items`, the largest first: while one is too large, smaller ones go ahead of it.
+        """
         with self.changed:
-            self.changed.wait_for(lambda: self.inside == 0 or self.inside + elements <= self.limit)
-            self.inside += elements
+            self.changed.wait_for(lambda: self._first(waiting, items) is not None)
+            first = self._first(waiting, items)
+            assert first is not None
+            waiting.remove(first)
+            self.inside += items[first].count
         try:
-            yield
+            yield first
         finally:
             with self.changed:
-                self.inside -= elements
+                self.inside -= items[first].count
                 self.changed.notify_all()
+
+    def _first(self, waiting: Sequence[int], items: Sequence[Item]) -> int | None:
+        fits = (i for i in waiting if self.inside == 0 or self.inside + items[i].count <= self.limit)
+        return next(fits, None)
+
+
+class _Shelf:
+    """Buffers that no thread has at the moment."""
+
+    def __init__(self) -> None:
+        self._free: list[Buffers] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def lend(self, nbytes: int) -> Iterator[Buffers]:
+        """Those that hold `nbytes` with the least to spare, else the largest.
+
+        So two tensors that the gate lets in one after the other, such as an embedding and a head, share one set.
+        """
+        with self._lock:
+            self._free.sort(key=lambda buffers: (buffers.nbytes < nbytes, abs(buffers.nbytes - nbytes)))
+            buffers = self._free.pop(0) if self._free else Buffers()
+        try:
+            yield buffers
+        finally:
+            with self._lock:
+                self._free.append(buffers)
 
 
 def measure_all(
@@ -150,16 +184,14 @@ def run_all(
     # The largest first: the last tensors are then small, and no thread idles while another finishes a large one.
     waiting = sorted((i for i in range(len(items)) if i not in results), key=lambda i: -items[i].count)
 
-    own = threading.local()
+    shelf = _Shelf()
 
-    def one(index: int) -> tuple[int, Measured]:
-        with gate.hold(items[index].count):
-            if not hasattr(own, "buffers"):
-                own.buffers = Buffers()
-            return index, work(items[index], own.buffers)
+    def one() -> tuple[int, Measured]:
+        with gate.largest(waiting, items) as index, shelf.lend(items[index].nbytes) as buffers:
+            return index, work(items[index], buffers)
 
     with threadpool_limits(1), ThreadPoolExecutor(jobs or default_jobs()) as pool:
-        running: set[Future[tuple[int, Measured]]] = {pool.submit(one, index) for index in waiting}
+        running: set[Future[tuple[int, Measured]]] = {pool.submit(one) for _ in range(len(waiting))}
         try:
             while running:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)

@@ -47,10 +47,15 @@ class Measured:
 
 
 class Buffers:
-    """Read buffers that one thread uses again and again: fresh memory costs more than the read itself."""
+    """Read buffers that are used again and again: fresh memory costs more than the read itself."""
 
     def __init__(self) -> None:
         self._held: dict[str, np.ndarray] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(held.size for held in self._held.values())
 
     def take(self, side: str, nbytes: int) -> np.ndarray:
         """A uint8 buffer of at least `nbytes` for `source` or `trained`; what it held before is lost."""
