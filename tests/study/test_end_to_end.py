@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from deltalens.errors import ConfigError
 from deltalens.study import Outcome, Runner, load_study, write_pages
 
 
@@ -45,6 +46,16 @@ def test_study_of_a_tiny_model(tiny_model: Path, tmp_path: Path, monkeypatch: py
     outcome = Outcome(study, numbers)
     assert outcome.verdict(study.claims[0]).verdict == "reproduced"
     write_pages(outcome, tmp_path, {"command": "x", "versions": [], "outdated": []})
+
+    # A patch of the teacher gives its model back, and nothing is trained.
+    from deltalens.patch import pack
+    from deltalens.study.steps import restore
+
+    pack(tiny_model, tmp_path / "runs" / "teacher-s0" / "model", tmp_path / "teacher-s0.patch")
+    output = made.records["train:teacher-s0"]["output"]
+    restore(made.plan.steps["train:teacher-s0"], tmp_path / "elsewhere", tmp_path / "teacher-s0.patch", output)
+    with pytest.raises(ConfigError, match="gives another model"):
+        restore(made.plan.steps["train:teacher-s0"], tmp_path / "again", tmp_path / "teacher-s0.patch", "x")
 
     # What lies there is taken over where its record is lost: nothing is trained or generated again.
     for file in (tmp_path / "records").iterdir():

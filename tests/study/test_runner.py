@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import pytest
 from study_fixtures import Stub, small_study
 from typer.testing import CliRunner
@@ -115,6 +116,27 @@ def test_committed_records_stand_for_runs(tmp_path: Path) -> None:
     assert stub.calls == ["train:teacher-s0", "train:new-s0", "eval:new-s0", "analyze:new-s0"]
 
 
+def test_patch_stands_for_a_trained_model(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    done = runner(tmp_path / "here", Stub())
+    done.run()
+    done.commit(results, "x")
+    (results / "teacher-s0.patch").write_text("x")
+    restored = []
+
+    def restore(step: Any, folder: Path, patch: Path, output: str) -> None:
+        restored.append((step.id, patch.name, output))
+        (folder / "runs" / step.name / "model").mkdir(parents=True)
+        (folder / "runs" / step.name / "model" / "config.json").write_text("{}")
+
+    stub = Stub()
+    content = small_study()
+    content["runs"]["new"] = {"method": "opd", "teacher": "teacher"}
+    runner(tmp_path / "there", stub, content, results=results, restore=restore).run()
+    assert restored == [("train:teacher-s0", "teacher-s0.patch", "made train:teacher-s0")]
+    assert stub.calls == ["train:new-s0", "eval:new-s0", "analyze:new-s0"]
+
+
 def test_parent_of_another_machine_has_its_children_made_again(tmp_path: Path) -> None:
     results = tmp_path / "results"
     done = runner(tmp_path / "here", Stub())
@@ -154,6 +176,8 @@ def test_pages(tmp_path: Path) -> None:
         assert "sgd-best-s1 (best rate)" in shown
     data = json.loads(page.split('id="report-data">')[1].split("</script>")[0])
     assert set(data["figures"]) == {"published", "coverage", "subnetwork", "optimizers", "similarity", "rank"}
+    for figure in data["figures"].values():
+        go.Figure(figure)  # refuses what plotly does not know
     verdicts = {claim.id: outcome.verdict(claim) for claim in made.study.claims}
     assert verdicts["mask"].verdict == "reproduced"
     assert verdicts["over"].verdict == "reproduced"

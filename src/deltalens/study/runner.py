@@ -6,6 +6,7 @@
 
 RESULTS (docs/results/study-NAME) holds the records of each group in one small file, to be committed: a step whose
 record is there and whose inputs hash to the same is not made again on another machine, unless what it makes is needed.
+RESULTS/NAME.patch (`deltalens pack`), where it is there, gives a trained model that others need without training.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Runner:
         study: from `load_study`.
         folder: of the runs, the records and the pages.
         results: folder of the committed records; read where it is there.
-        perform: makes a step (`deltalens.study.steps.perform`).
+        perform, restore: make a step, and a trained model from a patch (`deltalens.study.steps`).
         report: called with a line a step.
 
     Raises:
@@ -58,12 +59,13 @@ class Runner:
         *,
         results: Path | None = None,
         perform: Callable[..., making.Made] = making.perform,
+        restore: Callable[..., None] = making.restore,
         report: Report = lambda line: None,
         quiet: bool = True,
     ) -> None:
         self.study, self.folder, self.results = study, Path(folder), results
         self.plan: Plan = plan(study)
-        self._perform, self._report, self._quiet = perform, report, quiet
+        self._perform, self._restore, self._report, self._quiet = perform, restore, report, quiet
         self.records: dict[str, Record] = {**self._committed(), **self._own()}
         self._identities: dict[str, str] = {}
 
@@ -150,7 +152,16 @@ class Runner:
 
     def _need(self, step: Step, place: str, made: list[str]) -> None:
         """What a step makes, at hand: a committed record alone is no file to read."""
-        if not self.current(step.id) or (step.kind in ("build", "train", "mask") and not self._there(step)):
+        if self.current(step.id) and (step.kind not in ("build", "train", "mask") or self._there(step)):
+            return
+        patch = None if self.results is None else self.results / f"{step.name}.patch"
+        if step.kind == "train" and self.current(step.id) and patch is not None and patch.is_file():
+            for parent in step.parents:
+                if parent == step.models["model"].step:
+                    self._need(self.plan.steps[parent], place, made)
+            self._report(f"{place} {step.kind} {step.name}, from {patch}")
+            self._restore(step, self.folder, patch, self.records[step.id]["output"])
+        else:
             self._make(step, place, made)
 
     def _there(self, step: Step) -> bool:

@@ -12,7 +12,7 @@ from deltalens.errors import ConfigError
 from deltalens.files import whole_file
 from deltalens.study.plan import ModelRef, Step, train_config
 
-__all__ = ["PERFORM", "Made", "identity", "made_at", "perform"]
+__all__ = ["PERFORM", "Made", "identity", "made_at", "perform", "restore"]
 
 Numbers = dict[str, Any]
 Made = tuple[str, Numbers]
@@ -79,6 +79,21 @@ def perform(step: Step, folder: Path, *, rate: float | None = None, quiet: bool 
         DeltalensError: what the step calls raises it.
     """
     return PERFORM[step.kind](step, folder, rate, quiet)
+
+
+def restore(step: Step, folder: Path, patch: Path, output: str) -> None:
+    """Make a run's trained model, and nothing else of the run, from a patch of what it started from.
+
+    Raises:
+        DeltalensError: the patch cannot be applied, or gives another model than the record (`output`) says.
+    """
+    from deltalens.patch import apply
+    from deltalens.train.run import model_hash
+
+    model = made_at(step, folder) / "model"
+    apply(_model(step.models["model"], folder), [patch], model)
+    if model_hash(model) != output:
+        raise ConfigError(f"{patch}: gives another model than the record of {step.name} says; remove it, and {model}")
 
 
 def _build(step: Step, folder: Path, rate: float | None, quiet: bool) -> Made:

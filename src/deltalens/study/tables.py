@@ -40,7 +40,7 @@ def main_table(outcome: Outcome) -> Table:
         cells = [_over(outcome, f"analyze:{run}:{key}", text) for key, text in zip(columns, texts, strict=True)]
         for at, key, text in ((2, "top16_energy", percent), (3, "stable_rank", number)):
             cells[at] += _beside(outcome, run, key, text)
-        rows.append((run, *cells))
+        rows.append((_named(outcome, run), *cells))
     rows += [
         (PAPER + row.name, percent(row.relative_norm), percent(row.sparsity), percent(row.top16_energy),
          number(row.stable_rank), DASH, DASH)
@@ -98,7 +98,9 @@ def energy_table(outcome: Outcome) -> Table:
     roles = ("ffn", "attention", "embedding", "lm_head", "vision", "norm")
     rows = []
     for run in outcome.study.tables.main:
-        rows.append((run, *(_over(outcome, f"analyze:{run}:energy_share.{role}", percent) for role in roles)))
+        rows.append(
+            (_named(outcome, run), *(_over(outcome, f"analyze:{run}:energy_share.{role}", percent) for role in roles))
+        )
     parts = [step for step in outcome.numbers if step.startswith("analyze:")]
     if parts:
         shares = outcome.numbers[parts[0]].get("parameter_share") or {}
@@ -152,7 +154,15 @@ def subnetwork_table(outcome: Outcome) -> Table:
         density = _over(outcome, f"mask:{run}:density", percent, plain=True)
         if density == DASH and run != "source" and not isinstance(study.runs.get(run) and study.runs[run].mask, MaskOf):
             density = "100 %"
-        rows.append((run, density, *curve, _over(outcome, f"eval:{run}:accuracy", percent), _said(late, percent)))
+        rows.append(
+            (
+                _named(outcome, run),
+                density,
+                *curve,
+                _over(outcome, f"eval:{run}:accuracy", percent),
+                _said(late, percent),
+            )
+        )
     blank = (DASH,) * len(steps)
     rows += [
         (f"{PAPER}{name} (AIME24/25: peak, late)", percent(density), *blank, _score(peak), _score(late_average))
@@ -275,6 +285,15 @@ def runs_table(outcome: Outcome) -> Table:
     )
     heads = ("run", "method", "steps", "learning rate", "accuracy", "seconds")
     return Table("Every run", heads, tuple(rows), note)
+
+
+def _named(outcome: Outcome, run: str) -> str:
+    """The run's name, with how many of its seeds were measured where that is not all."""
+    every = [one for one in expand(outcome.study) if run in (one.run, one.name)]
+    made = sum(f"eval:{one.name}" in outcome.numbers or f"analyze:{one.name}" in outcome.numbers for one in every)
+    if made == len(every):
+        return run
+    return f"{run} ({made} of {len(every)} seeds)" if made else f"{run} ({NOT_RUN})"
 
 
 def percent_points(value: float | None) -> str:
