@@ -85,11 +85,11 @@ def test_the_same_numbers(write_checkpoint: Write, dtype: Any, compare: str) -> 
 
 
 def test_blocks_and_chunks_do_not_show(write_checkpoint: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltalens.accelerator import columns, coordinates
+    from deltalens.accelerator import coordinates, masks
 
     source, trained = (write_checkpoint(side) for side in tensors(np.float32))
     whole = deltalens.analyze(source, trained, settings=Settings(compare_dtype="fp32", device=DEVICE))
-    monkeypatch.setattr(columns, "MASK_ELEMENTS", 333)
+    monkeypatch.setattr(masks, "MASK_ELEMENTS", 333)
     monkeypatch.setattr(coordinates, "CHUNK", 101)
     cut = deltalens.analyze(source, trained, settings=Settings(compare_dtype="fp32", device=DEVICE))
     assert assert_same_rows(whole, cut) > 1000

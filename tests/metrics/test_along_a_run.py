@@ -11,14 +11,13 @@ from deltalens.metrics.alignment import delta_pass, delta_pass_and_gram
 from deltalens.metrics.blocks import delta_blocks, value_blocks
 from deltalens.metrics.coordinates import measure_coordinates
 from deltalens.metrics.lapack import all_singular_values_few_vectors, all_values_few_vectors
-from deltalens.metrics.masks import MaskSpec, PrincipalMembers, entry_codes, principal_mask_sums
+from deltalens.metrics.masks import pack_updates
 from deltalens.metrics.overlap import subspace_similarity
 from deltalens.metrics.spectrum import factorise, factorise_update, singular_values
 from deltalens.metrics.trajectory import (
     MaskHistory,
     locked_index,
     overlap,
-    pack_visible,
     product_subspaces,
     subspaces,
 )
@@ -42,16 +41,10 @@ def pair(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -> tuple[n
 def test_packed_masks_hold_what_the_counts_say(size, seed, kind):
     before, after = pair(np.random.default_rng(seed), (size,), kind)
     tau = round_threshold(1e-5, "bf16" if kind == "bf16" else "stored", "F64" if kind == "float64" else "F32")
-    mask = pack_visible(before, after, tau)
+    mask = pack_updates(before, after, tau)[0]
     assert mask.size == -(-size // 8)
     counted = measure_coordinates(before, after, threshold=tau, ratios=(0.1,)).visible
     assert int(np.unpackbits(mask).sum()) == counted
-
-
-def test_masks_longer_than_a_chunk_are_whole():
-    before, after = pair(np.random.default_rng(0), (3 * 65536 + 5,), "float32")
-    expected = np.packbits(np.abs(after.astype(np.float32) - before) > 1e-5)
-    assert np.array_equal(pack_visible(before, after, 1e-5), expected)
 
 
 @few
@@ -152,35 +145,3 @@ def test_a_pass_with_the_gram_matrix_is_the_pass(shape):
         np.testing.assert_allclose(getattr(passed, name), getattr(plain, name), rtol=1e-9, atol=1e-16)
     delta = np.concatenate([block for _, block in blocks()])
     np.testing.assert_allclose(products, delta.T @ delta, rtol=1e-12, atol=1e-18)
-
-
-@pytest.mark.parametrize("kind", ["bf16", "float32", "float64"])
-@pytest.mark.parametrize("shape", [(50, 20), (20, 50), (70_000, 16)])
-@pytest.mark.parametrize("masks", [4, 6])
-def test_kept_masks_sum_as_fresh_ones_do(kind, shape, masks):
-    if shape[0] > 50 and (kind != "bf16" or masks != 4):
-        pytest.skip("one large matrix, of several blocks, is enough")
-    rng = np.random.default_rng(5)
-    before, after = pair(rng, shape, kind)
-    if shape == (50, 20):
-        before[:, 10:] = before[:, :1]  # entries tied at thresholds
-    specs = [MaskSpec(1 + i, 0.05 * (i + 1)) for i in range(masks)]
-    factors = factorise(partial(value_blocks, before), max(shape), min(shape), masks)
-    probabilities = rng.random((2, 32768))
-    weights = np.zeros((3, 32768, 4))
-    weights[2, :, 0] = weights[1:, :, 1] = 1.0
-    weights[:, :, 2:] = probabilities.T
-    tau = 1e-5
-    expected = principal_mask_sums(
-        factors, shape, weights.reshape(-1, 4), specs, lambda part: entry_codes(before, after, part, tau)
-    )
-    members = PrincipalMembers(factors, shape, specs)
-    for other in (after, before, after):  # the same masks for several updates
-        found = members.sums(before, other, tau, tuple(probabilities))
-        for ours, theirs in zip(found, expected, strict=True):
-            assert ours.entries == theirs.entries
-            np.testing.assert_allclose(ours.sums[2:], theirs.sums[2:], rtol=1e-9)
-            if other is before:
-                assert ours.sums[:2].tolist() == [0, 0]
-            else:
-                np.testing.assert_allclose(ours.sums[:2], theirs.sums[:2], rtol=1e-12)

@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 
-from deltalens.metrics.masks import MaskSpec, principal_mask_sums
 from deltalens.metrics.randomised import (
     effective_rank_estimate,
     leading_eigenpairs,
@@ -17,10 +16,9 @@ from deltalens.metrics.single_precision import (
     long_vectors,
     power_of_two_scale,
     single_delta_blocks,
-    single_mask_sums,
     single_value_blocks,
 )
-from deltalens.metrics.spectrum import Factorisation, spectrum_metrics
+from deltalens.metrics.spectrum import spectrum_metrics
 from deltalens.metrics.values import delta_float64, round_to_bf16, word_values
 
 LENGTH, WIDTH = 900, 700
@@ -113,43 +111,6 @@ def test_single_blocks(shape: tuple[int, int]) -> None:
     values = np.concatenate([block for _, block in single_value_blocks(source, 4.0)])
     expected = word_values(source) * 4
     np.testing.assert_array_equal(values, expected if shape[0] >= shape[1] else expected.T)
-
-
-@pytest.mark.parametrize("shape", [(500, 120), (120, 500)])
-def test_masks_agree_with_the_exact_ones(shape: tuple[int, int]) -> None:
-    rng = np.random.default_rng(1)
-    matrix = rng.standard_normal(shape) + 3 * rng.standard_normal((shape[0], 1)) * rng.standard_normal(shape[1])
-    matrix[:, :7] *= 20  # heavy columns, so that the mask is not spread evenly
-    tall = matrix if shape[0] >= shape[1] else matrix.T
-    u, s, vt = np.linalg.svd(tall, full_matrices=False)
-    factors = Factorisation(u, s, np.ascontiguousarray(vt.T))
-    single = Factorisation(u.astype(np.float32), s, np.ascontiguousarray(vt.T).astype(np.float32))
-    masks = [MaskSpec(2, 0.01), MaskSpec(10, 0.1), MaskSpec(30, 0.5)]
-    kinds = rng.integers(0, 3, shape).astype(np.int32)
-    weights = rng.random((3, 4))
-
-    def codes(part: slice) -> np.ndarray:
-        return np.ascontiguousarray(kinds[part] if shape[0] >= shape[1] else kinds[:, part]).reshape(-1)
-
-    exact = principal_mask_sums(factors, shape, weights, masks, codes)
-    fast = single_mask_sums(single, shape, weights, masks, codes)
-    for a, b in zip(exact, fast, strict=True):
-        assert a.entries == b.entries
-        np.testing.assert_allclose(b.sums, a.sums, rtol=5e-3)
-
-
-def test_masks_where_the_sampled_rows_mislead() -> None:
-    """Sampled rows hold all of R but for a few entries: the threshold lies far below the guess."""
-    long = np.full((5000, 1), 1e-3, np.float32)
-    long[np.unique(np.linspace(0, 4999, 512).astype(int))] = 1.0
-    factors = Factorisation(long, np.ones(1), np.ones((50, 1), np.float32))
-    shape = (5000, 50)
-    weights = np.array([[1.0]])
-    (result,) = single_mask_sums(
-        factors, shape, weights, [MaskSpec(1, 0.2)], lambda part: np.zeros((part.stop - part.start) * 50, np.int32)
-    )
-    assert result.entries == 50_000
-    assert result.sums[0] == pytest.approx(50_000)
 
 
 def test_long_vectors() -> None:

@@ -7,25 +7,22 @@ matrices: on a GPU an SVD costs many times an eigenvalue decomposition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import prod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from deltalens.accelerator.device import delta_matrix, differences, enough_memory, to_device, value_matrix
+from deltalens.accelerator.device import delta_matrix, enough_memory, to_device, value_matrix
+from deltalens.accelerator.masks import entry_codes_on, entry_weights, mask_sums_on
 from deltalens.analysis.spectral import SpectralColumns
 from deltalens.metrics.alignment import DeltaPass
-from deltalens.metrics.blocks import cut, is_tall
-from deltalens.metrics.masks import KEY_SHIFT, KEYS, Accumulator, MaskSpec, MaskSums
+from deltalens.metrics.blocks import cut
+from deltalens.metrics.masks import MaskSums
+from deltalens.metrics.rounding_null import RoundingNull
 from deltalens.metrics.spectrum import GRAM_VALUES_DOWN_TO, GRAM_VECTORS_DOWN_TO, Factorisation
-from deltalens.metrics.values import ceil_share
 
-__all__ = ["DeviceColumns", "delta_pass_on", "factorise_on", "mask_sums_on", "sines_on", "singular_values_on"]
-
-MASK_ELEMENTS = 1 << 24  # entries of the reconstruction at a time
-MAGNITUDE = 0x7FFFFFFFFFFFFFFF
+__all__ = ["DeviceColumns", "delta_pass_on", "factorise_on", "sines_on", "singular_values_on"]
 
 
 class DeviceColumns(SpectralColumns):
@@ -49,13 +46,23 @@ class DeviceColumns(SpectralColumns):
         device = self.settings.device
         return sines_on(to_device(before, device), to_device(after, device), ranks)
 
-    def _codes(self, part: slice) -> Any:
-        device = self.settings.device
-        before, after = (to_device(np.ascontiguousarray(cut(x, part)), device) for x in (self.before, self.after))
-        return entry_codes_on(before, after, self.tau)
+    def _principal_sums(self) -> list[MaskSums]:
+        return self._mask_sums(self.before, self.after, self.tau, self.nulls)
 
-    def mask_sums(self, *arguments: Any) -> list[MaskSums]:
-        return mask_sums_on(self.settings.device, *arguments)
+    def _master_sums(self, before: np.ndarray, master: np.ndarray, tau: float) -> list[MaskSums]:
+        return self._mask_sums(before, master, tau, (None, None))
+
+    def _mask_sums(
+        self, before: np.ndarray, after: np.ndarray, tau: float, nulls: tuple[RoundingNull | None, ...]
+    ) -> list[MaskSums]:
+        device = self.settings.device
+
+        def codes(part: slice) -> torch.Tensor:
+            ours, theirs = (to_device(np.ascontiguousarray(cut(x, part)), device) for x in (before, after))
+            return entry_codes_on(ours, theirs, tau)
+
+        masks = [mask for mask, _ in self.masks]
+        return mask_sums_on(device, self.source, before.shape, entry_weights(nulls), masks, codes)
 
 
 def _host(tensor: torch.Tensor) -> np.ndarray:
@@ -105,60 +112,3 @@ def sines_on(before: torch.Tensor, after: torch.Tensor, ranks: Sequence[int]) ->
         gram = outside_gram[:k, :k] + put_back.T @ put_back
         means.append(float(torch.linalg.eigvalsh(gram).clamp(0, 1).sqrt().mean()))
     return means
-
-
-def entry_codes_on(before: torch.Tensor, after: torch.Tensor, tau: float) -> torch.Tensor:
-    """`metrics.masks.entry_codes` on a device, int32, flat."""
-    before, after = before.reshape(-1), after.reshape(-1)
-    step = differences(before, after).double().abs()
-    words = (before.float().view(torch.int32) >> 16) & 0x7FFF
-    return words + ((step > 0).to(torch.int32) + (step > tau).to(torch.int32)) * 32768
-
-
-def mask_sums_on(
-    device: str,
-    factors: Factorisation,
-    shape: tuple[int, int],
-    weights: np.ndarray,
-    masks: Sequence[MaskSpec],
-    codes: Callable[[slice], Any],
-) -> list[MaskSums]:
-    """`metrics.masks.principal_mask_sums` on a device: the same two passes, over larger blocks.
-
-    `codes` may give NumPy arrays or tensors of the device.
-    """
-    step = max(1, MASK_ELEMENTS // min(shape))
-    parts = [slice(start, min(start + step, max(shape))) for start in range(0, max(shape), step)]
-    long, short = (torch.from_numpy(x).to(device) for x in (factors.long, factors.short))
-    values = torch.from_numpy(factors.values).to(device)
-    accumulators = []
-    for mask in masks:
-        k = mask.rank
-        scaled, transposed = long[:, :k] * values[:k], short[:, :k].T
-        table, largest = np.zeros(KEYS, np.int64), 0.0
-        for part in parts:
-            size = (scaled[part] @ transposed).abs_()
-            bits = size.view(torch.int64) & MAGNITUDE
-            table += torch.bincount(bits.reshape(-1) >> KEY_SHIFT, minlength=KEYS).cpu().numpy()
-            largest = max(largest, float(size.max()))
-        accumulators.append(Accumulator(table, largest, ceil_share(mask.share, prod(shape)), weights))
-    for part in parts:
-        piece = torch.as_tensor(codes(part), device=device)
-        if not is_tall(shape):  # codes come in the matrix's own orientation, blocks with the longer side as rows
-            piece = piece.reshape(shape[0], -1).T.reshape(-1)
-        for mask, accumulator in zip(masks, accumulators, strict=True):
-            k = mask.rank
-            size = ((long[part, :k] * values[:k]) @ short[:, :k].T).abs_().reshape(-1)
-            _add(accumulator, size, piece)
-    return [accumulator.result() for accumulator in accumulators]
-
-
-def _add(accumulator: Accumulator, size: torch.Tensor, codes: torch.Tensor) -> None:
-    """Entries above the threshold's bin are counted by code: their sums are exact whatever the order."""
-    inside = size > accumulator.high
-    near = (size >= accumulator.low) & ~inside
-    counts = torch.bincount(codes[inside], minlength=len(accumulator.weights)).cpu().numpy()
-    accumulator.inside += int(counts.sum())
-    accumulator.sums += (counts[:, None] * accumulator.weights).sum(axis=0)
-    accumulator.near_values.append(_host(size[near]))
-    accumulator.near_codes.append(_host(codes[near]))

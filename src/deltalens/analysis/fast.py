@@ -28,7 +28,6 @@ from deltalens.metrics.single_precision import (
     power_of_two_scale,
     single_delta_blocks,
     single_delta_pass,
-    single_mask_sums,
     single_value_blocks,
 )
 from deltalens.metrics.spectrum import (
@@ -54,7 +53,6 @@ class FastColumns(SpectralColumns):
 
     mode = "fast"
     leading: np.ndarray | None = None  # leading vectors of Δ's shorter side where they were needed
-    mask_sums = staticmethod(single_mask_sums)
 
     def factorise_source(self) -> Factorisation:
         """The leading factors, float32; `values` holds only as many as there are vectors."""

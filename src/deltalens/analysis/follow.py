@@ -25,14 +25,14 @@ from deltalens.metrics.alignment import DeltaPass, delta_pass, delta_pass_and_gr
 from deltalens.metrics.blocks import delta_blocks
 from deltalens.metrics.coordinates import Coordinates
 from deltalens.metrics.lapack import all_values_few_vectors
-from deltalens.metrics.masks import MaskSums, PrincipalMembers
+from deltalens.metrics.masks import pack_updates
 from deltalens.metrics.overlap import SUBSPACE, Subspaces, subspace_similarity
 from deltalens.metrics.random_values import subspace_similarity_random
 from deltalens.metrics.randomised import RankEstimate
-from deltalens.metrics.rounding_null import BINS, RoundingNull, excess
+from deltalens.metrics.rounding_null import RoundingNull, excess
 from deltalens.metrics.single_precision import long_vectors, single_delta_blocks
 from deltalens.metrics.spectrum import NEARLY_SQUARE, Blocks, Factorisation, factorise_update
-from deltalens.metrics.trajectory import MaskHistory, overlap, pack_visible, product_subspaces, subspaces
+from deltalens.metrics.trajectory import MaskHistory, overlap, product_subspaces, subspaces
 
 __all__ = ["follow"]
 
@@ -42,6 +42,7 @@ class _Seen:
     """What is kept of a tensor at one checkpoint."""
 
     mask: np.ndarray | None = None  # packed
+    packed: tuple[np.ndarray, np.ndarray] | None = None  # visible and nonzero updates, while the row is made
     density: float = 0.0
     probability: np.ndarray | None = None  # P(visible | word) of the rounding null
     histogram: np.ndarray | None = None  # of the source's words
@@ -54,7 +55,10 @@ class _Keeping(SpectralColumns):
     """Keeps the leading subspaces of Δ and of its null's draws."""
 
     kept: _Seen
-    members: list[PrincipalMembers]  # of the source; empty until the first checkpoint has made it
+
+    def _packed(self) -> tuple[np.ndarray, np.ndarray]:
+        assert self.kept.packed is not None
+        return self.kept.packed
 
     def _delta_columns(self) -> dict[str, Any]:
         if self.low_rank is not None and self.c.delta_energy > 0:
@@ -81,7 +85,7 @@ class _Keeping(SpectralColumns):
 
 
 class _ExactColumns(_Keeping):
-    """Shares one pass over Δ between its spectrum and its projections, and the principal masks between checkpoints."""
+    """Shares one pass over Δ between its spectrum and its projections."""
 
     _passed: tuple[np.ndarray, Blocks, DeltaPass, np.ndarray | None] | None = None  # of which Δ, and what was made
 
@@ -101,13 +105,6 @@ class _ExactColumns(_Keeping):
         blocks, _, products = self._pass(after)
         k = min(SUBSPACE, self.width)
         return self._keep(after, factorise_update(blocks, self.length, self.width, k, products))
-
-    def _principal_sums(self, codes: Any, nulls: tuple[RoundingNull | None, ...]) -> list[MaskSums]:
-        if not self.members:
-            self.members.append(PrincipalMembers(self.source, self.before.shape, [mask for mask, _ in self.masks]))
-        without = np.zeros(BINS)
-        visible, nonzero = (without if null is None else null.probability for null in nulls)
-        return self.members[0].sums(self.before, self.after, self.tau, (visible, nonzero))
 
 
 class _FastColumns(_Keeping, FastColumns):
@@ -150,13 +147,12 @@ def follow(
     started = time.perf_counter()
     side = read_source(tensor.first, source, settings, buffers)
     last = len(checkpoints) - 1
-    members: list[PrincipalMembers] = []
     rows: list[dict[str, Any]] = [{} for _ in checkpoints]
-    rows[last], end = _at(tensor.pairs[last], side, checkpoints[last], settings, buffers, members, ())
+    rows[last], end = _at(tensor.pairs[last], side, checkpoints[last], settings, buffers, ())
     history = MaskHistory()
     start, draw_seconds = end, end.draw_seconds
     for i in range(last):
-        row, here = _at(tensor.pairs[i], side, checkpoints[i], settings, buffers, members, (i + 1,))
+        row, here = _at(tensor.pairs[i], side, checkpoints[i], settings, buffers, (i + 1,))
         if i == 0:
             start = here
         draw_seconds += here.draw_seconds
@@ -177,7 +173,6 @@ def _at(
     checkpoint: Checkpoint,
     settings: Settings,
     buffers: Buffers,
-    members: list[PrincipalMembers],
     stream: tuple[int, ...],
 ) -> tuple[dict[str, Any], _Seen]:
     """The row that `analyze` would give, and what the other checkpoints are to be compared with."""
@@ -186,17 +181,19 @@ def _at(
     def seen(
         before: np.ndarray, after: np.ndarray, tau: float, coordinates: Coordinates, null: RoundingNull | None
     ) -> None:
-        kept.mask = pack_visible(before, after, tau)
+        kept.packed = pack_updates(before, after, tau)
+        kept.mask = kept.packed[0]
         kept.density = coordinates.visible / coordinates.size
         kept.histogram = coordinates.total_histogram
         kept.probability = None if null is None else null.probability
 
     def columns_of(*arguments: Any) -> SpectralColumns:
         columns = _FastColumns(*arguments) if settings.spectrum == "fast" else _ExactColumns(*arguments)
-        columns.kept, columns.members, columns.stream = kept, members, stream
+        columns.kept, columns.stream = kept, stream
         return columns
 
-    row = measure_against(side, pair, checkpoint, settings, buffers, columns_of=columns_of, seen=seen).row
+    row = measure_against(side, pair, checkpoint, settings, buffers, columns_of=columns_of, seen=seen, hashed=False).row
+    kept.packed = None
     return row, kept
 
 

@@ -5,7 +5,6 @@ What needs the source's factorisation lives here, so that it is made once a matr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,8 @@ from deltalens.metrics import random_values
 from deltalens.metrics.alignment import DeltaPass, delta_pass, principal_sines, projections, spectral_shift
 from deltalens.metrics.blocks import delta_blocks, is_tall, value_blocks
 from deltalens.metrics.coordinates import Coordinates, low_magnitude_coverage, measure_coordinates
-from deltalens.metrics.masks import MaskSpec, MaskSums, entry_codes, principal_mask_sums
+from deltalens.metrics.masks import MaskSpec, MaskSums, pack_updates
+from deltalens.metrics.members import WORD_COUNT, PrincipalMembers
 from deltalens.metrics.rounding_null import RoundingNull, excess
 from deltalens.metrics.spectrum import (
     TOP_ENERGIES,
@@ -36,7 +36,6 @@ class SpectralColumns:
     """The spectral columns of one matrix; holds the source's factorisation while they are made."""
 
     mode = "exact"
-    mask_sums = staticmethod(principal_mask_sums)
     sines = staticmethod(principal_sines)
     stream: tuple[int, ...] = ()  # sets the draws of one checkpoint apart from another's
 
@@ -66,13 +65,14 @@ class SpectralColumns:
         self.k = max(mask.rank for mask, _ in self.masks)
         self.spectra: dict[str, np.ndarray] = {}
         self.source: Factorisation  # set by `measure`, which may have it from a cache
+        self._members: PrincipalMembers | None = None  # of the source, made when first asked for
 
     def factorise_source(self) -> Factorisation:
         return self._factorise(self.before)
 
     def share_source(self, other: SpectralColumns) -> None:
         """Take over what another checkpoint's columns made of the same source."""
-        self.source = other.source
+        self.source, self._members = other.source, other._members
 
     def _factorise(self, values: np.ndarray) -> Factorisation:
         return factorise(partial(value_blocks, values), self.length, self.width, self.k)
@@ -91,7 +91,7 @@ class SpectralColumns:
             row |= permutation_columns(
                 self.before, self.after, self.source, self.sines, self.c.delta_energy, self.ranks, self.settings, row
             )
-        row |= self._coverage_columns(self._codes, KINDS, self.nulls)
+        row |= self._coverage_columns()
         return row
 
     def _delta_columns(self) -> dict[str, Any]:
@@ -158,22 +158,24 @@ class SpectralColumns:
             row[f"rotation_right_{ratio_suffix(ratio)}"] = right[i] if defined else None
         return row
 
-    def _codes(self, part: slice) -> np.ndarray:
-        return entry_codes(self.before, self.after, part, self.tau)
+    @property
+    def members(self) -> PrincipalMembers:
+        """Of the source's principal masks."""
+        if self._members is None:
+            self._members = PrincipalMembers(self.source, self.before, [mask for mask, _ in self.masks])
+        return self._members
 
-    def _coverage_columns(
-        self,
-        codes: Callable[[slice], np.ndarray],
-        kinds: tuple[str, ...],
-        nulls: tuple[RoundingNull | None, ...],
-    ) -> dict[str, Any]:
+    def _packed(self) -> tuple[np.ndarray, np.ndarray]:
+        """The visible and the nonzero updates, packed."""
+        return pack_updates(self.before, self.after, self.tau)
+
+    def _coverage_columns(self) -> dict[str, Any]:
         """Principal coverage of the visible and nonzero updates, its random value, null and excess."""
         counts = (self.c.visible, self.c.nonzero)
-        sums = self._principal_sums(codes, nulls)
+        sums = self._principal_sums()
         row: dict[str, Any] = {}
         for (_, suffix), total in zip(self.masks, sums, strict=True):
-            for i, kind in enumerate(kinds):
-                null = nulls[i]
+            for i, (kind, null) in enumerate(zip(KINDS, self.nulls, strict=True)):
                 seen = float(total.sums[i]) / counts[i] if counts[i] else None
                 expected = None if null is None else float(total.sums[2 + i]) / counts[i]
                 name = f"principal_coverage_{suffix}{kind}"
@@ -183,12 +185,14 @@ class SpectralColumns:
                 row[f"{name}_excess"] = excess(seen, expected)
         return row
 
-    def _principal_sums(
-        self, codes: Callable[[slice], np.ndarray], nulls: tuple[RoundingNull | None, ...]
-    ) -> list[MaskSums]:
+    def _principal_sums(self) -> list[MaskSums]:
         """For each mask: visible updates, nonzero updates, and Σ P over it for both nulls (0 without one)."""
-        masks = [mask for mask, _ in self.masks]
-        return self.mask_sums(self.source, self.before.shape, _entry_weights(nulls), masks, codes)
+        without = np.zeros(WORD_COUNT)
+        return self.members.sums(self._packed(), [without if null is None else null.probability for null in self.nulls])
+
+    def _master_sums(self, before: np.ndarray, master: np.ndarray, tau: float) -> list[MaskSums]:
+        """For each mask: the updates of the float32 master that it holds."""
+        return self.members.sums(pack_updates(before, master, tau)[:1])
 
     def master_columns(self, master: np.ndarray | None) -> dict[str, Any]:
         """Both coverages of the float32 update that rounding has not touched, |W_master − W| > τ."""
@@ -209,27 +213,9 @@ def _master_coverages(spectral: SpectralColumns, before: np.ndarray, master: np.
     )
     if c.nonfinite:
         return {}
-    sums = spectral.mask_sums(
-        spectral.source,
-        before.shape,
-        _entry_weights((None, None)),
-        [mask for mask, _ in spectral.masks],
-        lambda part: entry_codes(before, master, part, tau),
-    )
+    sums = spectral._master_sums(before, master, tau)
     row: dict[str, Any] = {}
     for (mask, suffix), total in zip(spectral.masks, sums, strict=True):
         row[f"principal_coverage_{suffix}_master"] = float(total.sums[0]) / count
         row[f"low_magnitude_coverage_{suffix}_master"] = low_magnitude_coverage(c, mask.share)[0]
     return row
-
-
-def _entry_weights(nulls: tuple[RoundingNull | None, ...]) -> np.ndarray:
-    """What an entry of each code of `entry_codes` adds: visible, nonzero, P(visible | w), P(nonzero | w)."""
-    words = 32768
-    weights = np.zeros((3, words, 4))
-    weights[2, :, 0] = 1.0
-    weights[1:, :, 1] = 1.0
-    for i, null in enumerate(nulls):
-        if null is not None:
-            weights[:, :, 2 + i] = null.probability
-    return weights.reshape(3 * words, 4)

@@ -11,6 +11,8 @@ from deltalens.metrics.spectrum import Blocks, Factorisation
 
 __all__ = ["DeltaPass", "delta_pass", "delta_pass_and_gram", "principal_sines", "projections", "spectral_shift"]
 
+SINE_ROWS = 512  # of two bases at a time: their residual stays in the cache
+
 
 @dataclass(frozen=True, slots=True)
 class DeltaPass:
@@ -72,8 +74,12 @@ def principal_sines(before: np.ndarray, after: np.ndarray, ranks: Sequence[int])
     the columns k … K of U are put back, so that only K × K matrices are left.
     """
     overlap = before.T @ after
-    outside = after - before @ overlap
-    outside_gram = outside.T @ outside
+    outside_gram = np.zeros(overlap.shape)
+    for start in range(0, before.shape[0], SINE_ROWS):
+        part = slice(start, start + SINE_ROWS)
+        outside = before[part] @ overlap
+        np.subtract(after[part], outside, out=outside)
+        outside_gram += outside.T @ outside
     means = []
     for k in ranks:
         put_back = overlap[k:, :k]

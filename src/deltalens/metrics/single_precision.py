@@ -1,4 +1,4 @@
-"""Float32 twins of the passes over a large matrix: blocks, Gram matrix, image of Δ, principal masks in one pass.
+"""Float32 twins of the passes over a large matrix: blocks, Gram matrix, image of Δ.
 
 Matrix products in float32 take half the time of float64, and the 1 % that `--spectrum fast` asks for leaves room for
 it. Blocks are scaled by a power of two so that squares of small updates do not underflow; orientation is that of
@@ -7,17 +7,15 @@ it. Blocks are scaled by a power of two so that squares of small updates do not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from math import prod
+from collections.abc import Callable, Iterator
 
 import numba
 import numpy as np
 
 from deltalens.metrics.alignment import DeltaPass
-from deltalens.metrics.blocks import block_slices, cut, is_tall
-from deltalens.metrics.masks import MaskSpec, MaskSums
+from deltalens.metrics.blocks import cut, is_tall
 from deltalens.metrics.spectrum import Factorisation
-from deltalens.metrics.values import KERNEL, WORDS, ceil_share, narrow_single, widen_word
+from deltalens.metrics.values import KERNEL, WORDS, narrow_single, widen_word
 
 __all__ = [
     "SingleBlocks",
@@ -26,20 +24,11 @@ __all__ = [
     "power_of_two_scale",
     "single_delta_blocks",
     "single_delta_pass",
-    "single_mask_sums",
     "single_value_blocks",
 ]
 
 BLOCK_ELEMENTS = 1 << 23  # 32 MB: a block's product must outweigh adding it to the d × d sum
-SAMPLED_ROWS = 128  # of R, for a first guess at where a mask's threshold lies
-MARGIN = 1.3  # the guess allows for a mask this many times as large
-KEY_SHIFT = 13  # float32 bits → 8 exponent and 10 mantissa bits: bins under 0.1 % wide
-KEYS = 1 << 18
 
-CHUNK = 4096  # entries whose places are listed at once
-
-DOUBLE_ROWS = numba.types.Array(numba.float64, 2, "C", readonly=True)
-COUNTS, SUMS = numba.int64[::1], numba.float64[:, ::1]
 
 SingleBlocks = Callable[[], Iterator[tuple[slice, np.ndarray]]]
 
@@ -144,88 +133,3 @@ def single_delta_pass(blocks: SingleBlocks, gram: np.ndarray, source: Factorisat
         np.maximum(short_energy, 0),
         (on_long @ source.short).astype(np.float64),
     )
-
-
-def single_mask_sums(
-    factors: Factorisation,
-    shape: tuple[int, int],
-    weights: np.ndarray,
-    masks: Sequence[MaskSpec],
-    codes: Callable[[slice], np.ndarray],
-) -> list[MaskSums]:
-    """`metrics.masks.principal_mask_sums` in float32 and one pass (arguments and result as there).
-
-    Entries are added up in bins of |R| under 0.1 % wide; the bin that holds the threshold counts by the share of it
-    that fits. Entries surely outside are passed over: a sample of rows says from where on they may count, and where
-    it said too much the pass is made again over all entries.
-    """
-    entries = [ceil_share(mask.share, prod(shape)) for mask in masks]
-    lows = _lower_bounds(factors, masks)
-    for attempt in (lows, [0] * len(masks)):
-        counts = np.zeros((len(masks), KEYS), np.int64)
-        sums = np.zeros((len(masks), KEYS, weights.shape[1]))
-        for part in block_slices(shape):
-            piece = codes(part)
-            for i, block in enumerate(_reconstructions(factors, shape, part, masks)):
-                _add(block.reshape(-1).view(np.uint32), piece, attempt[i], weights, counts[i], sums[i])
-        if all(int(counts[i].sum()) >= entries[i] for i in range(len(masks))):
-            break
-    return [_cut_off(counts[i], sums[i], entries[i]) for i in range(len(masks))]
-
-
-def _reconstructions(
-    factors: Factorisation, shape: tuple[int, int], part: slice | np.ndarray, masks: Sequence[MaskSpec]
-) -> Iterator[np.ndarray]:
-    """Float32 rank-k reconstruction of one block for each mask; one buffer serves all."""
-    long = factors.long[part] * factors.values[: factors.long.shape[1]].astype(np.float32)
-    done = 0
-    total: np.ndarray | None = None
-    for mask in masks:
-        if mask.rank > done:
-            left, right = long[:, done : mask.rank], factors.short[:, done : mask.rank]
-            step = left @ right.T if is_tall(shape) else right @ left.T
-            total = step if total is None else np.add(total, step, out=total)
-            done = mask.rank
-        assert total is not None, "a mask has rank at least 1"
-        yield total
-
-
-def _lower_bounds(factors: Factorisation, masks: Sequence[MaskSpec]) -> list[int]:
-    """For each mask a bin of |R| that its threshold hardly lies below."""
-    length, width = factors.long.shape[0], factors.short.shape[0]
-    rows = np.unique(np.linspace(0, length - 1, min(length, SAMPLED_ROWS)).astype(np.int64))
-    out = []
-    for mask, block in zip(masks, _reconstructions(factors, (length, width), rows, masks), strict=True):
-        wanted = min(1.0, MARGIN * mask.share)
-        value = np.quantile(np.abs(block), 1 - wanted)
-        out.append(int(np.float32(value).view(np.uint32)) >> KEY_SHIFT)
-    return out
-
-
-def _cut_off(counts: np.ndarray, sums: np.ndarray, entries: int) -> MaskSums:
-    used = np.flatnonzero(counts)  # a few thousand of the bins
-    counts, sums = counts[used], sums[used]
-    above = np.cumsum(counts[::-1])[::-1]
-    key = int(np.flatnonzero(above >= entries)[-1])
-    share = (entries - int(above[key] - counts[key])) / int(counts[key])
-    return MaskSums(entries, sums[key + 1 :].sum(axis=0) + share * sums[key])
-
-
-@numba.njit([numba.void(numba.uint32[::1], numba.int32[::1], numba.int64, DOUBLE_ROWS, COUNTS, SUMS)], **KERNEL)
-def _add(bits, codes, low, weights, counts, sums):  # type: ignore[no-untyped-def]
-    least = np.uint32(low << KEY_SHIFT)
-    columns = weights.shape[1]
-    places = np.empty(CHUNK, np.int32)
-    for start in range(0, bits.size, CHUNK):
-        stop = min(start + CHUNK, bits.size)
-        kept = 0
-        for i in range(start, stop):  # without a branch, which would be mispredicted every few entries
-            places[kept] = i - start
-            kept += int(np.uint32(bits[i] & np.uint32(0x7FFFFFFF)) >= least)
-        for j in range(kept):
-            i = start + places[j]
-            key = np.uint32(bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(KEY_SHIFT)
-            code = codes[i]
-            counts[key] += 1
-            for c in range(columns):
-                sums[key, c] += weights[code, c]

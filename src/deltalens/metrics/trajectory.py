@@ -1,6 +1,6 @@
 """What ties the checkpoints of one run together: mask growth, churn, and how alike their leading subspaces are.
 
-Masks are of the visible updates, bits packed as `numpy.packbits` does; definitions in METRICS.md, "Along a run".
+Masks are of the visible updates, packed by `metrics.masks.pack_updates`; definitions in METRICS.md, "Along a run".
 """
 
 from __future__ import annotations
@@ -10,43 +10,24 @@ from collections.abc import Sequence
 import numpy as np
 
 from deltalens.metrics.blocks import is_tall
+from deltalens.metrics.masks import count_bits
 from deltalens.metrics.overlap import SUBSPACE, Subspaces
 from deltalens.metrics.spectrum import Factorisation
-from deltalens.metrics.values import delta_float64
 
 __all__ = [
     "MaskHistory",
     "locked_index",
     "overlap",
-    "pack_visible",
     "product_subspaces",
     "subspaces",
 ]
 
 RESOLVED = 1e-6  # σ/σ₁ below which a direction of Δ is rounding noise of its factorisation
-CHUNK = 1 << 16  # elements at a time: float64 stays in the cache
-
-
-def pack_visible(before: np.ndarray, after: np.ndarray, tau: float) -> np.ndarray:
-    """|Δ| > τ of two prepared sides (flat), packed: uint8[⌈N/8⌉]."""
-    packed = np.empty(-(-before.size // 8), np.uint8)
-    delta = np.empty(min(CHUNK, before.size))
-    for start in range(0, before.size, CHUNK):
-        stop = min(start + CHUNK, before.size)
-        piece = delta[: stop - start]
-        delta_float64(before[start:stop], after[start:stop], piece)
-        np.abs(piece, out=piece)
-        packed[start // 8 : -(-stop // 8)] = np.packbits(piece > tau)
-    return packed
-
-
-def _count(mask: np.ndarray) -> int:
-    return int(np.bitwise_count(mask).sum(dtype=np.int64))
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
     """Sizes of the intersection and the union of two packed masks."""
-    return _count(a & b), _count(a | b)
+    return count_bits(a & b), count_bits(a | b)
 
 
 class MaskHistory:
@@ -67,14 +48,14 @@ class MaskHistory:
             self._previous = self._ever = np.zeros_like(mask)
         new = mask & ~self._previous
         counts = {
-            "appeared": _count(new),
-            "vanished": _count(self._previous & ~mask),
-            "returned": _count(new & self._ever),
-            "stepped": _count(mask | self._previous),
+            "appeared": count_bits(new),
+            "vanished": count_bits(self._previous & ~mask),
+            "returned": count_bits(new & self._ever),
+            "stepped": count_bits(mask | self._previous),
         }
         self._ever = self._ever | mask
         self._previous = mask
-        return counts | {"ever": _count(self._ever)}
+        return counts | {"ever": count_bits(self._ever)}
 
 
 def subspaces(factors: Factorisation, shape: tuple[int, int], k: int = SUBSPACE) -> Subspaces:

@@ -1,0 +1,277 @@
+"""Which entries the principal masks of one source hold (METRICS.md, "Masks against the source").
+
+The mask holds the ⌈α·mn⌉ entries of largest magnitude of the rank-k reconstruction R of the source. R is formed block
+by block in float32, which is enough to place all but a few: what lies so near to the threshold that float32's error,
+which is bounded, could move it across is computed again in float64. Membership is that of R in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+import numba
+import numpy as np
+
+from deltalens.metrics.blocks import is_tall
+from deltalens.metrics.masks import TIE_TOLERANCE, MaskSpec, MaskSums, count_bits, magnitude_words
+from deltalens.metrics.spectrum import Factorisation
+from deltalens.metrics.values import KERNEL, WORDS, ceil_share
+
+__all__ = ["WORD_COUNT", "PrincipalMembers"]
+
+BLOCK_ELEMENTS = 1 << 18  # 1 MB of R: its loops find it in the cache
+SAMPLED_ROWS = 256  # of R, for where a threshold lies
+SAMPLED_EVERY = 5  # entry of these
+CONFIDENCE = 4.0  # standard errors of the sample on either side
+TRIES = 3  # at a wider and wider stretch, before every entry is looked at
+CHUNK = 4096  # entries whose places are listed at once
+NEAR_CHUNK = 1 << 14  # entries computed again in float64 at once
+WORD_COUNT = 32768
+
+
+class PrincipalMembers:
+    """Membership of every entry, packed, for any number of updates of one source.
+
+    Attributes:
+        masks: what was asked for.
+        entries: how many entries each holds, ⌈α·mn⌉.
+        inside: uint8[⌈mn/8⌉] each, bits as `numpy.packbits` sets them, rows of the source after one another.
+        tied: int64 each, the places of entries tied at the threshold, which are not in `inside`.
+        shares: the share of the tied entries that fits.
+        words: (masks, 32768) float64, the histogram of the source's words |w| in each mask.
+    """
+
+    def __init__(self, factors: Factorisation, before: np.ndarray, masks: Sequence[MaskSpec]) -> None:
+        """
+        Args:
+            factors: of the source; at least as many vectors as the largest rank.
+            before: (m, n) prepared values of the source.
+            masks: by ascending rank.
+        """
+        self.masks = tuple(masks)
+        self.entries = [ceil_share(mask.share, prod(before.shape)) for mask in masks]
+        reconstruction = _Reconstruction(factors, before.shape, self.masks)
+        words = magnitude_words(before.reshape(-1))
+        for attempt in range(TRIES + 1):
+            width = CONFIDENCE * 4**attempt if attempt < TRIES else None
+            passes = [_Pass(before.size, low, high) for low, high in reconstruction.stretches(self.entries, width)]
+            for start, blocks in reconstruction.blocks():
+                for one, block in zip(passes, blocks, strict=True):
+                    one.add(block.reshape(-1), start, words)
+            edges = [reconstruction.edges(i, one, self.entries[i]) for i, one in enumerate(passes)]
+            if None not in edges:
+                break
+        self.inside, self.tied, self.shares = [], [], []
+        self.words = np.zeros((len(masks), WORD_COUNT))
+        for one, edge, total in zip(passes, edges, self.words, strict=True):
+            assert edge is not None, "looking at every entry finds the threshold"
+            above, tied, share = edge
+            one.include(above)
+            self.inside.append(one.inside)
+            self.tied.append(tied)
+            self.shares.append(share)
+            total += one.words
+            np.add.at(total, words[above], 1.0)
+            np.add.at(total, words[tied], share)
+
+    def sums(self, updates: Sequence[np.ndarray], probabilities: Sequence[np.ndarray] = ()) -> list[MaskSums]:
+        """For each mask how many of each packed update it holds, then Σ P(|w|) over it for each of `probabilities`.
+
+        Args:
+            updates: packed as `metrics.masks.pack_updates` does.
+            probabilities: float64[32768] each, by word.
+        """
+        expected = [self.words @ probability for probability in probabilities]
+        out = []
+        for i, (entries, inside, tied) in enumerate(zip(self.entries, self.inside, self.tied, strict=True)):
+            counts = [
+                count_bits(inside & update) + self.shares[i] * int((update[tied >> 3] >> (7 - (tied & 7)) & 1).sum())
+                for update in updates
+            ]
+            out.append(MaskSums(entries, np.array([*counts, *(total[i] for total in expected)])))
+        return out
+
+
+class _Pass:
+    """One mask's pass over R: what is surely inside is marked, what lies in the stretch is kept."""
+
+    def __init__(self, size: int, low: float, high: float) -> None:
+        ends = np.array([low, high], np.float32)
+        self.low, self.high = ends.tolist()
+        self.keys = [int(bits) for bits in ends.view(np.uint32)]  # floats ≥ 0 order as their bits
+        self.inside = np.zeros(-(-size // 8), np.uint8)
+        self.words = np.zeros(WORD_COUNT, np.int64)
+        self.count = 0
+        self.largest = 0.0
+        self._near: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, block: np.ndarray, start: int, words: np.ndarray) -> None:
+        """`block`: flat, of the entries from `start`, which is a multiple of 8."""
+        flags = np.zeros(block.size, np.uint8)
+        here = words[start : start + block.size]
+        places, kept, count, largest = _sort_out(
+            block.view(np.uint32), self.keys[0], self.keys[1], here, flags, self.words
+        )
+        self.inside[start // 8 : start // 8 + -(-block.size // 8)] = np.packbits(flags)
+        self._near.append((places[:kept] + start, np.abs(block[places[:kept]])))
+        self.count += count
+        self.largest = max(self.largest, float(np.uint32(largest).view(np.float32)))
+
+    def near(self) -> tuple[np.ndarray, np.ndarray]:
+        """Places of the entries of the stretch, and their |R|."""
+        places, values = zip(*self._near, strict=True)
+        return np.concatenate(places), np.concatenate(values)
+
+    def include(self, places: np.ndarray) -> None:
+        bits = np.uint8(128) >> (places & 7).astype(np.uint8)
+        np.bitwise_or.at(self.inside, places >> 3, bits)
+
+
+class _Reconstruction:
+    """R / σ₁ of each mask's rank, in float32 by blocks of rows, and in float64 where asked."""
+
+    def __init__(self, factors: Factorisation, shape: tuple[int, int], masks: Sequence[MaskSpec]) -> None:
+        k = masks[-1].rank
+        top = float(factors.values[0])
+        scale = factors.values[:k] / top if top > 0 else np.zeros(k)
+        self.shape, self.masks, self.scale = shape, masks, scale
+        long, short = factors.long[:, :k], factors.short[:, :k]
+        scaled = np.empty(long.shape, np.float32)
+        np.multiply(long, scale, out=scaled, casting="same_kind")
+        tall = is_tall(shape)
+        self.rows, self.columns = (long, short) if tall else (short, long)
+        single = scaled, np.ascontiguousarray(short, dtype=np.float32)
+        self.single = single if tall else single[::-1]
+        # |Σ l·s − its float32 value| ≤ (k + a few)·2⁻²⁴·Σ|l·s|, whatever the order of the sum: rounding of both
+        # factors, of k products and sums, and of the addition of a step for each rank. Σ|l·s| ≤ ‖l‖·‖s‖.
+        norms = [float(np.sqrt(np.einsum("ik,ik->i", side, side).max())) for side in self.single]
+        self.error = 1.02 * (k + len(masks) + 4) * 2.0**-24 * norms[0] * norms[1] + 1e-37
+
+    def _of(self, part: slice | np.ndarray) -> Iterator[np.ndarray]:
+        """R of each rank for some rows; one buffer serves all."""
+        rows, columns = self.single
+        done = 0
+        total: np.ndarray | None = None
+        step: np.ndarray | None = None
+        for mask in self.masks:
+            if mask.rank > done:
+                span = slice(done, mask.rank)
+                if total is None:
+                    total = rows[part, span] @ columns[:, span].T
+                else:
+                    step = np.matmul(rows[part, span], columns[:, span].T, out=step)
+                    total += step
+                done = mask.rank
+            assert total is not None, "a mask has rank at least 1"
+            yield total
+
+    def blocks(self) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
+        """The place of a block's first entry, and R of each rank there."""
+        m, n = self.shape
+        count = max(8, BLOCK_ELEMENTS // n // 8 * 8)  # whole bytes of a packed mask
+        for row in range(0, m, count):
+            yield row * n, self._of(slice(row, min(row + count, m)))
+
+    def stretches(self, entries: Sequence[int], confidence: float | None) -> list[tuple[float, float]]:
+        """For each mask a stretch of |R| that holds its threshold, by a sample of rows; all of it without confidence.
+
+        Rows differ more than their entries: the error of a share is that of a mean over rows.
+        """
+        if confidence is None:
+            return [(0.0, np.inf) for _ in entries]
+        m, n = self.shape
+        rows = np.unique(np.linspace(0, m - 1, min(m, SAMPLED_ROWS)).astype(np.int64))
+        out = []
+        for wanted, block in zip(entries, self._of(rows), strict=True):
+            size = np.abs(block)
+            some = np.sort(size.reshape(-1)[::SAMPLED_EVERY])
+            share = wanted / (m * n)
+            guess = some[_place(some.size, share)]
+            spread = float(np.std((size > guess).mean(axis=1))) / rows.size**0.5 + (share / some.size) ** 0.5
+            margin = 2 * self.error + 4 * TIE_TOLERANCE * float(some[-1])
+            low = float(some[_place(some.size, share + confidence * spread)]) - margin
+            high = float(some[_place(some.size, share - confidence * spread)]) + margin
+            out.append((max(low, 0.0) if share + confidence * spread < 1 else 0.0, high))
+        return out
+
+    def edges(self, i: int, one: _Pass, entries: int) -> tuple[np.ndarray, np.ndarray, float] | None:
+        """Which of the entries kept by `one` are inside, which are tied, and the share of these that fits.
+
+        None where the threshold is not in its stretch, or too near to its ends.
+        """
+        places, values = one.near()
+        missing = entries - one.count  # how many of the kept entries still fit
+        if not 0 < missing <= places.size:
+            return None
+        threshold = float(np.partition(values, values.size - missing)[values.size - missing])
+        tolerance = TIE_TOLERANCE * max(one.largest, threshold)
+        reach = 2 * self.error + tolerance  # the float64 threshold is within one error of this one
+        if (one.low > 0 and threshold - reach < one.low) or threshold + reach > one.high:
+            return None
+        surely = values > threshold + reach
+        unsure = ~surely & (values >= threshold - reach)
+        critical = places[unsure]
+        exact = self.exact(i, critical)
+        missing -= int(surely.sum())
+        threshold = float(np.partition(exact, exact.size - missing)[exact.size - missing])
+        above = exact > threshold + tolerance
+        tied = ~above & (exact >= threshold - tolerance)
+        share = (missing - int(above.sum())) / int(tied.sum())
+        return np.concatenate([places[surely], critical[above]]), critical[tied], share
+
+    def exact(self, i: int, places: np.ndarray) -> np.ndarray:
+        """|R| / σ₁ of the i-th mask's rank at flat places, in float64."""
+        k, n = self.masks[i].rank, self.shape[1]
+        out = np.empty(places.size)
+        for start in range(0, places.size, NEAR_CHUNK):
+            some = places[start : start + NEAR_CHUNK]
+            rows, columns = self.rows[some // n, :k], self.columns[some % n, :k]
+            out[start : start + some.size] = np.einsum("ek,k,ek->e", rows, self.scale[:k], columns)
+        return np.abs(out, out=out)
+
+
+def _place(size: int, share: float) -> int:
+    """Of the value in an ascending sample that `share` of the sample lies at or above."""
+    return min(max(size - round(share * size), 0), size - 1)
+
+
+@numba.njit(
+    [
+        numba.types.Tuple((numba.int64[::1], numba.int64, numba.int64, numba.uint32))(
+            numba.uint32[::1], numba.int64, numba.int64, WORDS, numba.uint8[::1], numba.int64[::1]
+        )
+    ],
+    **KERNEL,
+)
+def _sort_out(bits, low, high, words, flags, histogram):  # type: ignore[no-untyped-def]
+    """Flags and counts what is above `high`, by word; the places from `low` to there, how many these are, how many
+    were above, and the largest of all those."""
+    least, most = np.uint32(low), np.uint32(high)
+    sign = np.uint32(0x7FFFFFFF)
+    places = np.empty(CHUNK, np.int32)
+    near = np.empty(1024, np.int64)
+    kept = 0
+    inside = 0
+    largest = np.uint32(0)
+    for start in range(0, bits.size, CHUNK):
+        stop = min(start + CHUNK, bits.size)
+        held = 0
+        for i in range(start, stop):  # without a branch, which would be mispredicted every few entries
+            places[held] = i - start
+            held += int(np.uint32(bits[i] & sign) >= least)
+        if kept + held > near.size:
+            larger = np.empty(max(2 * near.size, kept + held), np.int64)
+            larger[:kept] = near[:kept]
+            near = larger
+        for j in range(held):
+            i = start + places[j]
+            size = np.uint32(bits[i] & sign)
+            largest = max(largest, size)
+            above = int(size > most)
+            near[kept] = i
+            kept += 1 - above
+            inside += above
+            flags[i] = above
+            histogram[words[i]] += above
+    return near, kept, inside, largest
