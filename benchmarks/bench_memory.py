@@ -1,11 +1,15 @@
 """Peak memory of `--spectrum none` on a sharded 8-billion-parameter bf16 pair, and how long exact mode would take.
 
-    python benchmarks/bench_memory.py FOLDER [--scale 1]
+    python benchmarks/bench_memory.py FOLDER [--layers 32] [--scale 1]
 
-The pair (2 × 16 GB at scale 1) is written to FOLDER once, at the shapes of Llama-3-8B, and reused; `--scale 0.125`
-makes it with an eighth of the layers and of the vocabulary. The peer is `weightscope diff`, which reads the same pair
-(`--no-peer` leaves it out). Exact mode is timed on one layer and
-extrapolated by parameters.
+The pair (2 × 16 GB) is written to FOLDER once, at the shapes of Llama-3-8B, and reused. `--layers 16` writes fewer
+layers (2 × 9 GB): the peak is that of the whole model, since the embedding and the head make it. `--scale 0.125` writes
+an eighth of the layers and of the vocabulary. The peer is `weightscope diff`, which reads the same pair (`--no-peer`
+leaves it out).
+
+Exact mode is timed on one matrix of each shape but the embedding's. CPU seconds of a matrix with sides a ≥ b are taken
+as x·a·b² + y·b³ (products, and factorisations of b × b); x and y come from the square one and the tallest one, the
+third shape shows how good that is, and all matrices of the 32-layer model are summed.
 """
 
 import argparse
@@ -19,6 +23,8 @@ import ml_dtypes
 import numpy as np
 from processes import Measurement, command, machine, run_process
 from safetensors.numpy import save_file
+
+from deltalens.analysis.engine import default_jobs
 
 HIDDEN, FFN, LAYERS, VOCABULARY, KEYS_VALUES = 4096, 14_336, 32, 128_256, 1024
 LIMIT = 3e9
@@ -34,16 +40,15 @@ def layer_shapes(i: int) -> dict[str, tuple[int, ...]]:
     return out | {f"{layer}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
 
 
-def shards(scale: float) -> list[dict[str, tuple[int, ...]]]:
+def shards(scale: float = 1.0, layers: int = LAYERS) -> list[dict[str, tuple[int, ...]]]:
     """Shapes a shard: the embedding, every layer, the head."""
-    vocabulary, layers = max(1, round(scale * VOCABULARY)), max(1, round(scale * LAYERS))
+    vocabulary, layers = max(1, round(scale * VOCABULARY)), max(1, round(scale * layers))
     last: dict[str, tuple[int, ...]] = {"model.norm.weight": (HIDDEN,), "lm_head.weight": (vocabulary, HIDDEN)}
     return [{"model.embed_tokens.weight": (vocabulary, HIDDEN)}, *map(layer_shapes, range(layers)), last]
 
 
-def write_pair(folder: Path, scale: float) -> None:
+def write_pair(folder: Path, plan: list[dict[str, tuple[int, ...]]]) -> None:
     """Both sides, shard by shard; `model.safetensors.index.json` comes last and says that a side is complete."""
-    plan = shards(scale)
     sides = folder / "source", folder / "trained"
     if all((side / "model.safetensors.index.json").exists() for side in sides):
         return
@@ -51,7 +56,7 @@ def write_pair(folder: Path, scale: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE:
-        raise SystemExit(f"{folder}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free; try --scale 0.125")
+        raise SystemExit(f"{folder}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free; try --layers 16")
     names: dict[str, str] = {}
     for i, shard in enumerate(plan):
         rng = np.random.default_rng(i)
@@ -86,14 +91,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--no-peer", action="store_true")
     arguments = parser.parse_args()
     if arguments.folder is None:
-        print("bench_memory: left out, it writes 32 GB; give it a FOLDER (and --scale 0.125 for 4 GB)")
+        print(
+            "bench_memory: left out, it writes 32 GB; give it a FOLDER (and --layers 16 for 18 GB, --scale 0.125 for 4)"
+        )
         return
-    folder = arguments.folder / f"scale-{arguments.scale:g}"
-    write_pair(folder, arguments.scale)
-    plan = shards(arguments.scale)
+    plan = shards(arguments.scale, arguments.layers)
+    folder = arguments.folder / f"scale-{arguments.scale:g}-layers-{arguments.layers}"
+    write_pair(folder, plan)
     parameters = sum(int(np.prod(shape)) for shard in plan for shape in shard.values())
     largest = max(int(np.prod(shape)) for shard in plan for shape in shard.values())
     print(machine())
@@ -114,15 +122,38 @@ def main() -> None:
             f"deltalens none ÷ weightscope diff: {peer.wall / ours.wall:.1f} × faster (wall), "
             f"{peer.cpu / ours.cpu:.1f} × (CPU), {ours.peak / peer.peak:.2f} × the memory"
         )
-    start = analyze(folder, "--spectrum", "none", "--include", "model.norm.weight")  # what a process costs by itself
-    one = analyze(folder, "--spectrum", "exact", "--include", "model.layers.0.*")
-    size = sum(int(np.prod(shape)) for shape in layer_shapes(0).values())
-    rate = size / (one.wall - start.wall)
-    print(f"exact mode on one layer: {one.wall:.1f} s, {one.peak / 1e9:.2f} GB peak, {rate / 1e6:.2f} M parameters/s")
-    # An embedding is the taller matrix: fewer factorisations a parameter, so this errs on the slow side.
-    print(f"extrapolated to {parameters / 1e9:.2f} billion parameters: {parameters / rate / 60:.0f} min")
+    extrapolate(folder)
     if ours.peak > LIMIT:
         sys.exit("over the limit")
+
+
+def extrapolate(folder: Path) -> None:
+    """Print what exact mode takes of a matrix of each shape, and of the whole 32-layer model."""
+    start = analyze(folder, "--spectrum", "none", "--include", "model.norm.weight")  # what a process costs by itself
+    taken: dict[str, Measurement] = {}
+    for name in ("self_attn.k_proj", "self_attn.q_proj", "mlp.up_proj"):
+        taken[name] = analyze(folder, "--spectrum", "exact", "--include", f"model.layers.0.{name}.weight")
+
+    def work(shape: tuple[int, ...]) -> np.ndarray:
+        return np.array([max(shape) * min(shape) ** 2, min(shape) ** 3], float)
+
+    shapes = {name: layer_shapes(0)[f"model.layers.0.{name}.weight"] for name in taken}
+    spent = {name: m.cpu - start.cpu for name, m in taken.items()}
+    fitted = ("self_attn.q_proj", "mlp.up_proj")
+    law = np.linalg.solve([work(shapes[name]) for name in fitted], [spent[name] for name in fitted])
+    for name, m in taken.items():
+        print(
+            f"exact mode, {name:17} {shapes[name][0]:6} × {shapes[name][1]}: {spent[name]:6.1f} s CPU, "
+            f"{1e9 * spent[name] / np.prod(shapes[name]):5.0f} ns an element, {m.peak / 1e9:.2f} GB peak; "
+            f"the law says {work(shapes[name]) @ law:.1f} s"
+        )
+    matrices = [shape for shard in shards() for shape in shard.values() if len(shape) == 2]
+    seconds = sum(float(work(shape) @ law) for shape in matrices)
+    cores = default_jobs()
+    print(
+        f"extrapolated to the 32-layer model, {sum(map(np.prod, matrices)) / 1e9:.2f} billion parameters: "
+        f"{seconds / 3600:.1f} h CPU, {seconds / cores / 3600:.1f} h on {cores} cores"
+    )
 
 
 def report(name: str, m: Measurement, parameters: int) -> None:
