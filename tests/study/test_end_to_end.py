@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from deltalens.errors import ConfigError
+from deltalens.patch import pack
 from deltalens.study import Outcome, Runner, load_study, write_pages
+from deltalens.study.steps import mask_hash, restore
+from deltalens.subnetwork import SubnetworkMask
 
 
 def test_study_of_a_tiny_model(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,10 +50,15 @@ def test_study_of_a_tiny_model(tiny_model: Path, tmp_path: Path, monkeypatch: py
     assert outcome.verdict(study.claims[0]).verdict == "reproduced"
     write_pages(outcome, tmp_path, {"command": "x", "versions": [], "outdated": []})
 
-    # A patch of the teacher gives its model back, and nothing is trained.
-    from deltalens.patch import pack
-    from deltalens.study.steps import restore
+    # A mask is known by its bits, whatever the order of its file's metadata.
+    SubnetworkMask.load(tmp_path / "masks" / "masked-s0.mask").save(tmp_path / "other.mask")
+    assert mask_hash(SubnetworkMask.load(tmp_path / "other.mask")) == made.records["mask:masked-s0"]["output"]
+    assert (
+        mask_hash(SubnetworkMask.load(tmp_path / "masks" / "random-s0.mask"))
+        != made.records["mask:masked-s0"]["output"]
+    )
 
+    # A patch of the teacher gives its model back, and nothing is trained.
     pack(tiny_model, tmp_path / "runs" / "teacher-s0" / "model", tmp_path / "teacher-s0.patch")
     output = made.records["train:teacher-s0"]["output"]
     restore(made.plan.steps["train:teacher-s0"], tmp_path / "elsewhere", tmp_path / "teacher-s0.patch", output)

@@ -12,7 +12,7 @@ from deltalens.errors import ConfigError
 from deltalens.files import whole_file
 from deltalens.study.plan import ModelRef, Step, train_config
 
-__all__ = ["PERFORM", "Made", "identity", "made_at", "perform", "restore"]
+__all__ = ["PERFORM", "Made", "identity", "made_at", "mask_hash", "perform", "restore"]
 
 Numbers = dict[str, Any]
 Made = tuple[str, Numbers]
@@ -145,8 +145,6 @@ def _diagnostics(file: Path) -> Numbers:
 
 
 def _mask(step: Step, folder: Path, rate: float | None, quiet: bool) -> Made:
-    from blake3 import blake3
-
     from deltalens.subnetwork import SubnetworkMask, select_mask
 
     made, config = made_at(step, folder), step.config
@@ -169,7 +167,19 @@ def _mask(step: Step, folder: Path, rate: float | None, quiet: bool) -> Made:
         mask.save(made)
     roles = {role: count / max(1, size) for role, (_, size, count) in mask.by_role().items()}
     numbers = {"rule": mask.rule, "density": mask.total_density(), "density_by_role": roles}
-    return blake3(made.read_bytes()).hexdigest(), numbers
+    return mask_hash(mask), numbers
+
+
+def mask_hash(mask: Any) -> str:
+    """Of what a mask selects: two files of one mask may differ, since safetensors writes metadata in any order."""
+    from blake3 import blake3
+
+    hasher = blake3(mask.source_hash.encode())
+    for name in sorted(mask.names()):
+        bits = mask.packed(name)
+        hasher.update(f"\0{name}\0{bits.size}\0".encode())
+        hasher.update(bits.tobytes())
+    return hasher.hexdigest()
 
 
 def _eval(step: Step, folder: Path, rate: float | None, quiet: bool) -> Made:
