@@ -1,7 +1,8 @@
 """What training only a mask costs, beside dense AdamW (torch, fused) on the same weights: bytes held, time of the
 optimizer, peak memory of whole training steps.
 
-    python benchmarks/bench_subnetwork.py [MODEL_FOLDER] [--trained RUN_FOLDER] [--repeats 7] [--skip-peak]
+    python benchmarks/bench_subnetwork.py [MODEL_FOLDER] [--trained RUN_FOLDER] [--repeats 7]
+        [--skip-peak | --skip-times]
 
 Without a folder the model is SmolLM2-135M's shapes with random weights. Masks are uniformly random, the worst case for
 memory access, unless --trained gives a run. Dense bf16 training
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import resource
 import subprocess
 import sys
 import time
@@ -146,16 +146,35 @@ def compare(folder: str | None, trained: str | None, dtype: torch.dtype, repeats
         gc.collect()
 
 
+def peak_memory(*, since_now: bool = False) -> int:
+    """Peak resident bytes of this process; Linux. `ru_maxrss` would start from what the parent process held."""
+    if since_now:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 def train_few(folder: str | None, dtype: torch.dtype, density: float) -> None:
-    """Three training steps of 2 × 128 tokens in this process; prints the peak. Density 1 is dense AdamW."""
+    """Two training steps of 128 tokens in this process. Density 1 is dense AdamW.
+
+    Prints the peak with weights and activations alone (a forward pass that keeps its graph), and that of the steps.
+    """
     model = build(folder, dtype)
+    tokens = torch.randint(0, 1000, (1, 128))
+    gc.collect()
+    peak_memory(since_now=True)
+    loss = model(input_ids=tokens, labels=tokens).loss
+    base = peak_memory()
+    del loss
+    masters: list[torch.nn.Parameter] = []
     if density == 1:
         masters = [torch.nn.Parameter(p.detach().float()) for p in model.parameters()] if dtype != torch.float32 else []
-        optimizer = torch.optim.AdamW(masters or model.parameters(), fused=True, **SETTINGS)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(masters or model.parameters(), fused=True, **SETTINGS)
     else:
-        masters, optimizer = [], CompactAdamW(model, make_mask(model, density, None, None), **SETTINGS)
-    tokens = torch.randint(0, 1000, (2, 128))
-    for _ in range(3):
+        mask = make_mask(model, density, None, None)  # held on to, as a trainer does
+        optimizer = CompactAdamW(model, mask, **SETTINGS)
+    peak_memory(since_now=True)
+    for _ in range(2):
         model(input_ids=tokens, labels=tokens).loss.backward()
         for parameter, master in zip(model.parameters(), masters, strict=False):
             master.grad, parameter.grad = parameter.grad.float(), None
@@ -164,20 +183,25 @@ def train_few(folder: str | None, dtype: torch.dtype, density: float) -> None:
         with torch.no_grad():
             for parameter, master in zip(model.parameters(), masters, strict=False):
                 parameter.copy_(master)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(base, peak_memory())
 
 
 def peaks(folder: str | None) -> None:
-    print(
-        "\npeak resident memory of a process that takes three training steps (weights, activations, libraries and all)"
-    )
+    print("\npeak resident memory of two training steps of 128 tokens, a process each")
     for dtype in ("float32", "bfloat16"):
-        found = {}
-        for density in (1, *DENSITIES):
+        dense = (0, 0)
+        for density in (1, 0.175, 0.01):
             call = [sys.executable, __file__, *([folder] if folder else []), "--train", dtype, str(density)]
-            found[density] = int(subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[-1])
+            output = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True).stdout
+            base, peak = map(int, output.split()[-2:])
+            if density == 1:
+                dense = (peak, peak - base)
             name = "dense" if density == 1 else f"{density:.1%}"
-            print(f"  {dtype:8}  {name:6} {found[density] / 1e6:7.0f} MB  {found[density] / found[1]:.2f} of dense")
+            print(
+                f"  {dtype:8}  {name:6} {peak / 1e6:6.0f} MB ({peak / dense[0]:.2f} of dense); above weights, "
+                f"activations and libraries {(peak - base) / 1e6:6.0f} MB ({(peak - base) / dense[1]:.2f} of dense)",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -188,6 +212,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--skip-peak", action="store_true")
+    parser.add_argument("--skip-times", action="store_true")
     parser.add_argument("--train", nargs=2, metavar=("DTYPE", "DENSITY"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:
@@ -195,7 +220,7 @@ def main() -> None:
         return
     print(machine(), f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print("model:", Path(options.folder).name if options.folder else "random weights of SmolLM2-135M's shapes")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in () if options.skip_times else (torch.float32, torch.bfloat16):
         compare(options.folder, options.trained, dtype, options.repeats)
         gc.collect()
     if not options.skip_peak:

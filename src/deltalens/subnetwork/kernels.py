@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from torch import Tensor
 
 from deltalens.metrics.values import KERNEL, SINGLES, WORDS, widen_word
@@ -23,6 +26,7 @@ __all__ = ["adamw_calls", "gather", "run", "scatter"]
 
 PIECE = 1 << 18  # positions that a thread takes at once
 BLOCK = 128  # positions between gathering and writing back: their cache lines are still near
+SPARSE = 10  # weights to a position, from where the processor no longer guesses what to fetch next
 
 # No check before a division, and (by unsigned positions, and by slices) none whether an index counts from the end:
 # either would keep the arithmetic from becoming vector instructions.
@@ -32,6 +36,22 @@ _INTO = types.float32[::1]
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 Call = tuple[Any, ...]  # a kernel and its arguments
+
+
+@intrinsic
+def _prefetch(typing: Any, array: Any, i: Any) -> Any:
+    """Have the processor fetch array[i], to write it, while it does other things."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), cgutils.voidptr_t)
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+        call = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
+        builder.call(call, [pointer, number(1), number(3), number(1)])  # to write, into the nearest cache, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.uint64), generate
 
 
 @njit([types.void(SINGLES, _INDEX, _INTO, types.boolean)], **FAST)
@@ -53,13 +73,17 @@ def _scatter(dense, index, values):  # type: ignore[no-untyped-def]
         dense[index[i]] = values[i]
 
 
-@njit([types.void(_INTO, _INDEX, SINGLES, _INTO, _INTO, *[types.float32] * 7)], **FAST)
-def _adamw(weights, index, grads, firsts, seconds, keep, rate1, beta2, rate2, size, root, eps):  # type: ignore[no-untyped-def]
+@njit([types.void(_INTO, _INDEX, SINGLES, _INTO, _INTO, *[types.float32] * 7, types.boolean)], **FAST)
+def _adamw(weights, index, grads, firsts, seconds, keep, rate1, beta2, rate2, size, root, eps, sparse):  # type: ignore[no-untyped-def]
     new = np.empty(BLOCK, np.float32)
     for start in range(0, index.size, BLOCK):
         places, g = index[start : start + BLOCK], grads[start : start + BLOCK]
         m, v = firsts[start : start + BLOCK], seconds[start : start + BLOCK]
         w = new[: places.size]
+        if sparse:
+            coming = index[start + BLOCK : start + 2 * BLOCK]
+            for i in range(coming.size):
+                _prefetch(weights, coming[i])  # type: ignore[call-arg]
         for i in range(places.size):
             w[i] = weights[places[i]]
         for i in range(places.size):
@@ -106,10 +130,10 @@ def adamw_calls(
     state["step"] += 1
     step = float(state["step"])
     keep, size, root = 1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 / sqrt(1 - beta2**step)
-    flat = weights.numpy()
+    flat, sparse = weights.numpy(), SPARSE * len(index) < len(weights)
     parts = _pieces(_positions(index), grad.numpy(), state["exp_avg"].numpy(), state["exp_avg_sq"].numpy())
     for arrays in parts:
-        yield _adamw, flat, *arrays, keep, 1 - beta1, beta2, 1 - beta2, size, root, group["eps"]
+        yield _adamw, flat, *arrays, keep, 1 - beta1, beta2, 1 - beta2, size, root, group["eps"], sparse
     torch.autograd.graph.increment_version(weights)
 
 
