@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -30,20 +31,24 @@ from deltalens.errors import DeltalensError
 __all__ = ["analyze"]
 
 
-def _load_kernels_alone() -> None:
-    """Load numba's kernels without SciPy's linear algebra.
+def _load_quickly() -> None:
+    """Load what counting coordinates needs, which else takes longer than counting a small model's.
 
-    numba imports it with its first kernel, in case one multiplies matrices; ours of the coordinate pass do not, and it
-    takes longer than the pass over a small model. Once refused, it can still be imported by whoever wants it.
+    The garbage collector is held off: it would walk the libraries' objects, none of them garbage, again and again.
+    And numba imports SciPy's linear algebra with its first kernel, in case one multiplies matrices; none here does, so
+    it is refused. Afterwards it can be imported by whoever wants it.
     """
-    name = "scipy.linalg"
-    if name in sys.modules:
-        return
-    sys.modules[name] = None  # type: ignore[assignment]  # how the import system is told that there is none
+    refused = "scipy.linalg" not in sys.modules
+    if refused:
+        sys.modules["scipy.linalg"] = None  # type: ignore[assignment]  # how one says that there is none
+    gc.disable()
     try:
-        import deltalens.metrics.values  # noqa: F401
+        import deltalens.analysis  # noqa: F401
     finally:
-        del sys.modules[name]
+        gc.freeze()
+        gc.enable()
+        if refused:
+            del sys.modules["scipy.linalg"]
 
 
 @app.command()
@@ -106,7 +111,7 @@ def analyze(
       deltalens analyze base/ trained/ --spectrum none --json | jq .global.sparsity
     """
     if spectrum == "none":
-        _load_kernels_alone()
+        _load_quickly()
     from deltalens.analysis import Settings
     from deltalens.analysis import analyze as run
 
