@@ -267,7 +267,7 @@ class CompactOptimizer(torch.optim.Optimizer):
             move = mover(old, tensor)
             if place in state_dict["state"]:
                 state[number] = {
-                    key: move(value) if isinstance(value, Tensor) and value.ndim else value
+                    key: (move(value) if value.ndim else value.clone()) if isinstance(value, Tensor) else value
                     for key, value in state_dict["state"][place].items()
                 }
             if old["master"] is not None and tensor.has_master:
