@@ -9,8 +9,10 @@ import pytest
 from deltalens.errors import ConfigError
 from deltalens.patch import pack
 from deltalens.study import Outcome, Runner, load_study, write_pages
+from deltalens.study.plan import train_config
 from deltalens.study.steps import mask_hash, restore
 from deltalens.subnetwork import SubnetworkMask
+from deltalens.train.run import train
 
 
 def test_study_of_a_tiny_model(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +80,12 @@ def test_study_of_a_tiny_model(tiny_model: Path, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("deltalens.train.run.build_trainer", never)
     monkeypatch.setattr("deltalens.train.evaluate.generate", never)
+    asked = train_config(made.plan.steps["train:opd-s0"], tmp_path)
+    for every in (None, 2):  # it has every snapshot
+        train(asked.model_copy(update={"snapshot_every": every}), tmp_path / "runs" / "opd-s0", quiet=True)
+    teacher = train_config(made.plan.steps["train:teacher-s0"], tmp_path)
+    with pytest.raises(ConfigError, match="another snapshot_every"):
+        train(teacher.model_copy(update={"snapshot_every": 1}), tmp_path / "runs" / "teacher-s0", quiet=True)
     again = Runner(study, tmp_path)
     again.run()
     assert again.numbers().keys() == numbers.keys()

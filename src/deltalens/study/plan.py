@@ -11,7 +11,7 @@ from deltalens.errors import ConfigError
 from deltalens.study.spec import Instance, MaskOf, SmallVLM, Study, expand, instance_of
 from deltalens.train.config import GRPORun, OPDRun, OPSDRun, Run, SeqKDRun, SFTRun, load_config
 
-__all__ = ["ModelRef", "Plan", "Step", "plan", "select"]
+__all__ = ["ModelRef", "Plan", "Step", "model_of", "plan", "select", "train_config"]
 
 _METHODS: dict[str, type[Run]] = {"sft": SFTRun, "seqkd": SeqKDRun, "opd": OPDRun, "opsd": OPSDRun, "grpo": GRPORun}
 _OWN = ("method", "checkpoint", "model", "teacher", "mask", "seeds", "rates", "best_seeds")

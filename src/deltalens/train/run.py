@@ -193,6 +193,9 @@ def _open(folder: Path, manifest: dict[str, Any], *, write: bool) -> bool:
     # A key that an older version did not have stood at its default.
     earlier_config = _DEFAULTS | config
     changed = [k for k in manifest["config"] if earlier_config.get(k) != manifest["config"][k] and k not in _FREE]
+    had, wanted = earlier_config["snapshot_every"], manifest["config"]["snapshot_every"]
+    if "snapshot_every" in changed and (wanted is None or (had is not None and wanted % had == 0)):
+        changed.remove("snapshot_every")  # more snapshots than are asked for change nothing
     changed += [
         k for k in ("data_blake3", "model_blake3", "mask_blake3", "teachers_blake3") if earlier.get(k) != manifest[k]
     ]
