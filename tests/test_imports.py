@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 HEAVY = ("torch", "transformers", "trl", "accelerate", "datasets")
-REPORT = f"import json; print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
 
 
-def loaded(code: str) -> list[str]:
+def loaded(code: str, names: tuple[str, ...] = HEAVY) -> list[str]:
+    report = f"import json; print(json.dumps([name for name in {names!r} if name in sys.modules]))"
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{code}\n{REPORT}"], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", f"import sys\n{code}\n{report}"], capture_output=True, text=True, check=True, timeout=120
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -32,6 +32,21 @@ def test_import_and_analyze(write_checkpoint, tmp_path):
     call = f"deltalens.analyze({str(source)!r}, {str(trained)!r}, output={str(tmp_path / 'out')!r})"
     assert loaded(f"import deltalens; result = {call}; repr(result)") == []
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("spectrum", ["none", "exact"])
+def test_counting_loads_nothing_that_spectra_need(spectrum, write_checkpoint):
+    words = np.arange(0x3C00, 0x3C00 + 6, dtype=np.uint16).reshape(2, 3)
+    sides = [str(write_checkpoint({"up_proj.weight": w.view(ml_dtypes.bfloat16)})) for w in (words, words ^ 1)]
+    code = f"""
+sys.argv = ["deltalens", "analyze", *{sides!r}, "--quiet", "--spectrum", {spectrum!r}]
+from deltalens.cli import main
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code"""
+    names = ("scipy.linalg", "deltalens.analysis.spectral", "deltalens.metrics.lapack", "blake3")
+    assert loaded(code, names) == ([] if spectrum == "none" else list(names))
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["analyze", "--help"], ["--version"]])
