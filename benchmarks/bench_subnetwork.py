@@ -109,9 +109,9 @@ def dense_step(
 
 def seconds(call: Callable[[], None]) -> Times:
     """Of the clock, and of the processor over all threads: the latter holds on a machine that does other things too."""
-    start = np.array([time.perf_counter(), time.process_time()])
+    clock, processor = time.perf_counter(), time.process_time()
     call()
-    return np.array([time.perf_counter(), time.process_time()]) - start
+    return np.array([time.perf_counter() - clock, time.process_time() - processor])
 
 
 def compare(folder: str | None, trained: str | None, dtype: torch.dtype, repeats: int) -> None:
