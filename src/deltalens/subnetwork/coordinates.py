@@ -92,6 +92,7 @@ class CompactTensor:
             where they lie.
         grad: the accumulated gradient, of the same shape: a view into a buffer.
         filled: whether there is a gradient since the last step.
+        compiled: whether `deltalens.subnetwork.kernels` serves it: part of a tensor on the CPU. Known once placed.
     """
 
     def __init__(self, found: Found, restriction: Restriction) -> None:
@@ -118,6 +119,7 @@ class CompactTensor:
         self.values = nn.Parameter(self.nothing(weights.device), requires_grad=False)
         self.grad = self.nothing(weights.device)
         self.filled = False
+        self.compiled = False
         self._version = -1  # torch's count of writes to the weights, after this one's own
 
     def nothing(self, device: torch.device) -> Tensor:
@@ -138,6 +140,7 @@ class CompactTensor:
         self.index = self.index if self.index is None else self.index.to(device)
         self.basis = self.basis if self.basis is None else self.basis.to(device)
         self.values.data = self.values.data.to(device)
+        self.compiled = self.index is not None and self.index.dtype == torch.int32 and device.type == "cpu"
 
     def collect(self, gradient: Tensor) -> None:
         """Add the trained entries of a dense gradient (of this rank's part)."""
@@ -186,11 +189,6 @@ class CompactTensor:
                 bits = _INTEGERS[flat.element_size()]  # faster than bfloat16's own
                 flat.view(bits).scatter_(0, self.index.long(), new.view(bits))
         self._version = flat._version
-
-    @property
-    def compiled(self) -> bool:
-        """Whether the kernels of `deltalens.subnetwork.kernels` serve this tensor: part of one on the CPU."""
-        return self.index is not None and self.index.dtype == torch.int32 and self.index.device.type == "cpu"
 
     @property
     def copied_bytes(self) -> int:

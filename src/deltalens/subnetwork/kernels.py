@@ -6,7 +6,6 @@ Imported when the first tensor on the CPU is trained with a mask. Accelerators k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import sqrt
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from deltalens.metrics.values import KERNEL, SINGLES, WORDS, widen_word
 
-__all__ = ["adamw_calls", "gather", "run", "scatter"]
+__all__ = ["adamw", "gather", "scatter"]
 
 PIECE = 1 << 18  # positions that a thread takes at once
 BLOCK = 128  # positions between gathering and writing back: their cache lines are still near
@@ -104,42 +103,41 @@ def gather(dense: Tensor, index: Tensor, out: Tensor, *, add: bool) -> None:
     """
     kernel = _gather_words if dense.dtype == torch.bfloat16 else _gather_singles
     values = _bits(dense) if dense.dtype == torch.bfloat16 else dense.numpy()
-    run((kernel, values, at, into, add) for at, into in _pieces(_positions(index), out.numpy()))
+    run([(kernel, values, at, into, add) for at, into in _pieces(_positions(index), out.numpy())])
 
 
 def scatter(dense: Tensor, index: Tensor, values: Tensor) -> None:
     """dense[index] ← values, as bits. Both of one dtype; `index` int32, no position twice."""
     into = _bits(dense)
-    run((_scatter, into, at, part) for at, part in _pieces(_positions(index), _bits(values)))
+    run([(_scatter, into, at, part) for at, part in _pieces(_positions(index), _bits(values))])
     torch.autograd.graph.increment_version(dense)
 
 
-def adamw_calls(
-    weights: Tensor, index: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
-) -> Iterator[Call]:
-    """One step of `torch.optim.AdamW` on weights[index], for `run`; counts it in `state["step"]`.
+def adamw(tensors: list[tuple[Tensor, Tensor, Tensor, dict[str, Tensor], dict[str, Any]]]) -> None:
+    """One step of `torch.optim.AdamW` on weights[index], for each of (weights, index, grad, state, group).
 
-    Args:
-        weights: flat float32.
-        index: int32 (count,), ascending.
-        grad: float32 (count,).
-        state: torch's: `step`, `exp_avg` and `exp_avg_sq`.
-        group: torch's `lr`, `betas`, `eps` and `weight_decay`.
+    `weights`: flat float32. `index`: int32 (count,), ascending. `grad`: float32 (count,). `state`: torch's `step`,
+    `exp_avg` and `exp_avg_sq`. `group`: torch's `lr`, `betas`, `eps` and `weight_decay`.
     """
-    (beta1, beta2), lr = group["betas"], float(group["lr"])
-    state["step"] += 1
-    step = float(state["step"])
-    keep, size, root = 1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 / sqrt(1 - beta2**step)
-    flat, sparse = weights.numpy(), SPARSE * len(index) < len(weights)
-    parts = _pieces(_positions(index), grad.numpy(), state["exp_avg"].numpy(), state["exp_avg_sq"].numpy())
-    for arrays in parts:
-        yield _adamw, flat, *arrays, keep, 1 - beta1, beta2, 1 - beta2, size, root, group["eps"], sparse
-    torch.autograd.graph.increment_version(weights)
+    torch._foreach_add_([state["step"] for _, _, _, state, _ in tensors], 1)
+    calls: list[Call] = []
+    for weights, index, grad, state, group in tensors:
+        (beta1, beta2), lr, step = group["betas"], float(group["lr"]), float(state["step"])
+        keep, size, root = 1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 / sqrt(1 - beta2**step)
+        flat, sparse = weights.numpy(), SPARSE * len(index) < len(weights)
+        numbers = keep, 1 - beta1, beta2, 1 - beta2, size, root, group["eps"], sparse
+        parts = _pieces(_positions(index), grad.numpy(), state["exp_avg"].numpy(), state["exp_avg_sq"].numpy())
+        calls += [(_adamw, flat, *arrays, *numbers) for arrays in parts]
+    run(calls)
+    torch.autograd.graph.increment_version([weights for weights, *_ in tensors])
 
 
-def run(calls: Iterable[Call]) -> None:
+def run(queue: list[Call]) -> None:
     """Run kernels on as many threads as torch has; they let go of the interpreter."""
-    queue = list(calls)
+    if len(queue) == 1:
+        kernel, *arguments = queue[0]
+        kernel(*arguments)
+        return
     rest = iter(queue)  # hands every call to one thread
 
     def work() -> None:
@@ -158,9 +156,11 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="deltalens")
 
 
-def _pieces(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    for start in range(0, arrays[0].size, PIECE):
-        yield tuple(array[start : start + PIECE] for array in arrays)
+def _pieces(*arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+    size = arrays[0].size
+    if size <= PIECE:
+        return [arrays]
+    return [tuple(array[start : start + PIECE] for array in arrays) for start in range(0, size, PIECE)]
 
 
 def _positions(index: Tensor) -> np.ndarray:

@@ -39,22 +39,24 @@ class CompactAdamW(CompactOptimizer, torch.optim.AdamW):
         super().__init__(model, mask, **_fused(settings))
 
     def _update(self, moving: list[CompactTensor]) -> None:
-        groups = {id(p): group for group in self.param_groups if _is_plain(group) for p in group["params"]}
-        in_place = [t for t in moving if t.compiled and t.weights.dtype == torch.float32 and id(t.values) in groups]
+        groups = {p: group for group in self.param_groups if _is_plain(group) for p in group["params"]}
+        in_place, rest = [], []
+        for tensor in moving:
+            group, weights = groups.get(tensor.values), tensor.weights
+            if group is None or not tensor.compiled or weights.dtype != torch.float32:
+                rest.append(tensor)
+                continue
+            state = self.state[tensor.values]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(tensor.grad) for _ in range(2))
+            assert tensor.index is not None
+            in_place.append((weights, tensor.index, tensor.grad, state, group))
         if in_place:
-            from deltalens.subnetwork.kernels import adamw_calls, run
+            from deltalens.subnetwork.kernels import adamw
 
-            calls: list[Any] = []
-            for tensor in in_place:
-                state = self.state[tensor.values]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(tensor.grad) for _ in range(2))
-                assert tensor.index is not None
-                calls += adamw_calls(tensor.weights, tensor.index, tensor.grad, state, groups[id(tensor.values)])
-            run(calls)
-        done = set(map(id, in_place))
-        if rest := [tensor for tensor in moving if id(tensor) not in done]:
+            adamw(in_place)
+        if rest:
             super()._update(rest)
 
 
