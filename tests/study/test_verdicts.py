@@ -108,7 +108,7 @@ def test_missing_runs_are_said() -> None:
     for seen, chance, null, name in (
         ({}, CHANCE, None, "seen"),
         (SEEN, {}, None, "chance"),
-        (SEEN, CHANCE, {}, "null"),
+        (SEEN, CHANCE, {}, "control"),
     ):
         found = judge("above", seen, chance, null)
         assert found.verdict == NOT_RUN

@@ -41,7 +41,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`effect`: of what the claim is about; `explained`: share of it that the null alone gives; `why`: one sentence."""
+    """`effect`: of what the claim is about; `explained`: share of it that the control alone gives; `why`: one sentence."""
 
     verdict: str
     effect: Interval | None
@@ -104,7 +104,7 @@ def judge(
     """
     lacking = [
         name
-        for name, values in (("seen", seen), ("chance", chance), ("null", null))
+        for name, values in (("seen", seen), ("chance", chance), ("control", null))
         if isinstance(values, Mapping) and not values
     ]
     if lacking:
@@ -125,10 +125,10 @@ def judge(
     explained = 1 - beyond.mean / effect.mean
     needed = (1 - share) * effect.mean
     if beyond.mean <= needed:
-        return Verdict(EXPLAINED, effect, explained, f"the null alone gives {explained:.0%} of the effect")
+        return Verdict(EXPLAINED, effect, explained, f"the control alone gives {explained:.0%} of the effect")
     if beyond.low > needed:
-        return Verdict(REPRODUCED, effect, explained, f"the null alone gives {explained:.0%} of the effect, no more")
-    why = f"on the claimed side, but whether it is more than the null ({explained:.0%} of the effect) cannot be told"
+        return Verdict(REPRODUCED, effect, explained, f"the control alone gives {explained:.0%} of the effect, no more")
+    why = f"on the claimed side, but whether it is more than the control gives ({explained:.0%} of the effect) cannot be told"
     return Verdict(NOT_HERE, effect, explained, why)
 
 
