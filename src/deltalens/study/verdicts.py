@@ -41,7 +41,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`effect`: of what the claim is about; `explained`: share of it that the control alone gives; `why`: one sentence."""
+    """`effect`: of what the claim is about; `explained`: share of it that the control gives; `why`: one sentence."""
 
     verdict: str
     effect: Interval | None
@@ -128,7 +128,7 @@ def judge(
         return Verdict(EXPLAINED, effect, explained, f"the control alone gives {explained:.0%} of the effect")
     if beyond.low > needed:
         return Verdict(REPRODUCED, effect, explained, f"the control alone gives {explained:.0%} of the effect, no more")
-    why = f"on the claimed side, but whether it is more than the control gives ({explained:.0%} of the effect) cannot be told"
+    why = f"on the claimed side; more than the control gives ({explained:.0%} of the effect) or not, cannot be told"
     return Verdict(NOT_HERE, effect, explained, why)
 
 
