@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -193,16 +193,15 @@ def run_all(
     with threadpool_limits(1), ThreadPoolExecutor(jobs or default_jobs()) as pool:
         running: set[Future[tuple[int, Measured]]] = {pool.submit(one) for _ in range(len(waiting))}
         try:
-            while running:
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    index, measured = future.result()
-                    results[index] = measured
-                    done += items[index].nbytes
-                    if journal is not None:
-                        journal.add(measured)
-                    if progress is not None:
-                        progress(done, total, items[index].name)
+            for future in as_completed(running.copy()):
+                running.remove(future)
+                index, measured = future.result()
+                results[index] = measured
+                done += items[index].nbytes
+                if journal is not None:
+                    journal.add(measured)
+                if progress is not None:
+                    progress(done, total, items[index].name)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             if journal is not None:
