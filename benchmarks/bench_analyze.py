@@ -1,9 +1,9 @@
 """Whole-process `deltalens analyze` against PyPI's `modeldelta` (spectrum) and `weightscope diff` (counts).
 
-    python benchmarks/bench_analyze.py [SOURCE TRAINED] [--runs 3]
+    python benchmarks/bench_analyze.py [SOURCE TRAINED] [--runs 3] [--counts]
 
-Without a pair, it takes the one of `deltalens demo` where that has run in this folder, else makes one at the shapes
-of SmolLM2-135M (bf16, 269 MB a side). Runs alternate between the tools;
+`--counts` leaves out all that take a spectrum. Without a pair, it takes the one of `deltalens demo` where that has run
+in this folder, else makes one at the shapes of SmolLM2-135M (bf16, 269 MB a side). Runs alternate between the tools;
 medians are printed. CPU seconds are user + system over the process tree, memory is the peak of the summed resident
 sizes. OPENBLAS_* overrides are removed for all. What each computes:
 
@@ -65,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pair", nargs="*", type=Path)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--counts", action="store_true", help="only the tools that count")
     parser.add_argument("--modeldelta-runs", type=int, help="fewer of the slowest peer; as many as the others if left")
     arguments = parser.parse_args()
     if len(arguments.pair) not in (0, 2):
@@ -81,6 +82,8 @@ def main() -> None:
             "deltalens fast": command("deltalens", *ours, str(folder / "fast"), "--spectrum", "fast"),
             "modeldelta": command("modeldelta", source, trained, "-q", "-o", str(folder / "delta.json")),
         }
+        if arguments.counts:
+            tools = {name: tools[name] for name in ("weightscope diff", "deltalens none")}
         run_process(tools["deltalens none"])  # fills the page cache, for everyone
         measured: dict[str, list[Measurement]] = {name: [] for name in tools}
         for run in range(arguments.runs):
@@ -95,6 +98,8 @@ def main() -> None:
         runs = " ".join(f"{run.wall:.1f}" for run in measured[name])
         print(f"{name:17} {m.wall:7.1f} s {m.cpu:7.1f} s {m.peak / 1e9:6.2f} GB   {runs}")
     for mode, peer in (("exact", "modeldelta"), ("fast", "modeldelta"), ("none", "weightscope diff")):
+        if peer not in median:
+            continue
         a, b = median[peer], median[f"deltalens {mode}"]
         print(
             f"deltalens {mode} ÷ {peer}: {a.wall / b.wall:.1f} × faster (wall), {a.cpu / b.cpu:.1f} × (CPU), "

@@ -58,21 +58,20 @@ def write_pair(folder: Path, plan: list[dict[str, tuple[int, ...]]]) -> None:
     if free < needed + SPARE:
         raise SystemExit(f"{folder}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free; try --layers 16")
     names: dict[str, str] = {}
+    # One draw of 16 million weights, repeated: drawing all of them anew would take far longer than anything measured.
+    rng = np.random.default_rng(0)
+    drawn = np.float32(0.02) * rng.standard_normal(1 << 24, np.float32)
+    source = drawn.astype(ml_dtypes.bfloat16)
+    update = np.float32(1.5e-5) * rng.standard_normal(drawn.size, np.float32)
+    trained = (source.astype(np.float32) + update).astype(ml_dtypes.bfloat16)
     for i, shard in enumerate(plan):
-        rng = np.random.default_rng(i)
         file = f"model-{i + 1:05}-of-{len(plan):05}.safetensors"
-        tensors: tuple[dict, dict] = {}, {}
-        for name, shape in shard.items():
-            names[name] = file
-            source = np.empty(shape, ml_dtypes.bfloat16)
-            trained = np.empty_like(source)
-            for start in range(0, shape[0], 4096):  # in pieces, since the float32 noise of a vocabulary is large
-                piece = slice(start, start + 4096)
-                size = source[piece].shape
-                source[piece] = (np.float32(0.02) * rng.standard_normal(size, np.float32)).astype(ml_dtypes.bfloat16)
-                update = np.float32(1.5e-5) * rng.standard_normal(size, np.float32)
-                trained[piece] = (source[piece].astype(np.float32) + update).astype(ml_dtypes.bfloat16)
-            tensors[0][name], tensors[1][name] = source, trained
+        names |= dict.fromkeys(shard, file)
+        # One tensor begins where another does not, or all of a shape would have the same spectrum.
+        tensors = [
+            {name: np.resize(np.roll(pool, 997 * (i + j)), shape) for j, (name, shape) in enumerate(shard.items())}
+            for pool in (source, trained)
+        ]
         for side, values in zip(sides, tensors, strict=True):
             side.mkdir(exist_ok=True)
             save_file(values, side / file, metadata={"format": "pt"})
