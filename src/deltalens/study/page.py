@@ -92,7 +92,7 @@ def render_markdown(outcome: Outcome, made: Mapping[str, Any]) -> str:
     for note in study.notes:
         lines += [f"- {_plain(note)}"]
     lines += ["", "## The paper's claims", ""]
-    lines += [*_markdown(tables.claims_table(outcome)), "Rules, stated before there were results:", ""]
+    lines += [*_markdown(tables.claims_table(outcome)), "Rules, from the study file:", ""]
     lines += [f"- `{claim.id}`: {_plain(rule_in_words(claim))}" for claim in study.claims]
     for section in _sections(outcome):
         lines += ["", f"## {section.title}", ""]

@@ -256,7 +256,7 @@ def claims_table(outcome: Outcome) -> Table:
         where = f" ({claim.where})" if claim.where else ""
         rows.append((f"{claim.text}{where}", verdict.verdict, effect, seeds, explained, verdict.why))
     heads = ("claim", "verdict", "effect [95 %]", "n", "of it by the control", "why")
-    return Table("The paper's claims", heads, tuple(rows), "The rule of each is printed below, and was stated before.")
+    return Table("The paper's claims", heads, tuple(rows), "The rule of each is printed below.")
 
 
 def runs_table(outcome: Outcome) -> Table:
