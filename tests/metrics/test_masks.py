@@ -94,13 +94,13 @@ def test_masks_where_float32_could_misplace_entries(shape, scale):
 def test_a_mask_where_the_sampled_rows_mislead():
     """Sampled rows hold all of R but for a few entries: the threshold lies far below the guess."""
     long = np.full((5000, 1), 1e-3)
-    long[np.unique(np.linspace(0, 4999, members.SAMPLED_ROWS).astype(int))] = 1.0
+    long[np.unique(np.linspace(0, 4999, 256).astype(int))] = 1.0
     factors = Factorisation(long, np.ones(1), np.ones((50, 1)))
     source = (long @ np.ones((1, 50))).astype(np.float32)
     held = PrincipalMembers(factors, source, [MaskSpec(1, 0.2)])
     (total,) = held.sums([np.packbits(np.ones(source.shape, bool)), np.packbits(source == 1)])
     assert total.entries == 50_000
-    assert total.sums.tolist() == pytest.approx([50_000, members.SAMPLED_ROWS * 50])
+    assert total.sums.tolist() == pytest.approx([50_000, 256 * 50])
 
 
 def test_where_all_entries_tie_a_mask_holds_its_share_of_everything():
@@ -130,5 +130,6 @@ def test_packed_updates_and_words(dtype, shape):
     size = np.abs(floats[1] - floats[0])
     for packed, expected in zip(pack_updates(*sides, tau), (size > tau, size > 0), strict=True):
         np.testing.assert_array_equal(packed, np.packbits(expected))
-        assert count_bits(packed) == expected.sum()
+        assert count_bits(packed) == count_bits(packed, packed) == expected.sum()
+        assert count_bits(packed, ~packed) == count_bits(packed, packed, ~packed) == 0
     np.testing.assert_array_equal(magnitude_words(sides[0]), words[0] & 0x7FFF)

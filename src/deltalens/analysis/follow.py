@@ -22,7 +22,7 @@ from deltalens.analysis.spectral import SpectralColumns
 from deltalens.checkpoint.base import Checkpoint
 from deltalens.checkpoint.pairing import TensorPair
 from deltalens.metrics.alignment import DeltaPass, delta_pass, delta_pass_and_gram
-from deltalens.metrics.blocks import delta_blocks
+from deltalens.metrics.blocks import block_slices, delta_blocks
 from deltalens.metrics.coordinates import Coordinates
 from deltalens.metrics.lapack import all_values_few_vectors
 from deltalens.metrics.masks import pack_updates
@@ -91,7 +91,7 @@ class _ExactColumns(_Keeping):
 
     def _pass(self, after: np.ndarray) -> tuple[Blocks, DeltaPass, np.ndarray | None]:
         if self._passed is None or self._passed[0] is not after:
-            blocks: Blocks = partial(delta_blocks, self.before, after)
+            blocks = _at_hand(partial(delta_blocks, self.before, after), self.before.shape)
             if self.length <= NEARLY_SQUARE * self.width:
                 self._passed = after, blocks, delta_pass(blocks, self.width, self.source), None
             else:
@@ -105,6 +105,14 @@ class _ExactColumns(_Keeping):
         blocks, _, products = self._pass(after)
         k = min(SUBSPACE, self.width)
         return self._keep(after, factorise_update(blocks, self.length, self.width, k, products))
+
+
+def _at_hand(blocks: Blocks, shape: tuple[int, int]) -> Blocks:
+    """The same blocks, made once where they are one."""
+    if len(list(block_slices(shape))) > 1:
+        return blocks
+    only = list(blocks())
+    return lambda: only
 
 
 class _FastColumns(_Keeping, FastColumns):

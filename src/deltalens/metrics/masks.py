@@ -19,6 +19,7 @@ __all__ = [
 ]
 
 TIE_TOLERANCE = 1e-9  # of the largest |R|: entries this near to the threshold count as tied
+BYTES = numba.types.Array(numba.uint8, 1, "C", readonly=True)
 PACK_CHUNK = 1 << 16  # elements at a time: their flags stay in the cache; a multiple of 8
 
 
@@ -71,11 +72,31 @@ def pack_updates(before: np.ndarray, after: np.ndarray, tau: float) -> tuple[np.
     return packed[0], packed[1]
 
 
-def count_bits(packed: np.ndarray) -> int:
-    """How many bits of a packed mask (uint8, contiguous) are set."""
-    whole = packed.size & ~7
-    longer = np.bitwise_count(packed[:whole].view(np.uint64)).sum(dtype=np.int64)
-    return int(longer) + int(np.bitwise_count(packed[whole:]).sum(dtype=np.int64))
+def count_bits(*packed: np.ndarray) -> int:
+    """How many bits are set in all of these packed masks (uint8, contiguous, of one size, at least one)."""
+    first, second = packed[0], packed[-1]
+    for mask in packed[1:-1]:
+        first = first & mask
+    return int(_count_shared(first, second))
+
+
+@numba.njit([numba.int64(BYTES, BYTES)], **KERNEL)
+def _count_shared(a, b):  # type: ignore[no-untyped-def]
+    whole = a.size & ~7
+    longs, others = a[:whole].view(np.uint64), b[:whole].view(np.uint64)
+    total = np.int64(0)
+    for i in range(longs.size):
+        x = longs[i] & others[i]
+        x -= (x >> np.uint64(1)) & np.uint64(0x5555555555555555)
+        x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
+        x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+        total += np.int64((x * np.uint64(0x0101010101010101)) >> np.uint64(56))
+    for i in range(whole, a.size):
+        x = np.uint64(a[i] & b[i])
+        while x:
+            x &= x - np.uint64(1)
+            total += 1
+    return total
 
 
 @numba.njit([numba.void(WORDS, WORDS, numba.float32, numba.uint8[::1], numba.uint8[::1])], **KERNEL)

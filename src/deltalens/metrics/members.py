@@ -21,7 +21,7 @@ from deltalens.metrics.values import KERNEL, WORDS, ceil_share
 __all__ = ["WORD_COUNT", "PrincipalMembers"]
 
 BLOCK_ELEMENTS = 1 << 18  # 1 MB of R: its loops find it in the cache
-SAMPLED_ROWS = 256  # of R, for where a threshold lies
+SAMPLED_ROWS, SAMPLED_ELEMENTS = (64, 256), 1 << 17  # at least and at most, of R, for where a threshold lies
 SAMPLED_EVERY = 5  # entry of these
 CONFIDENCE = 4.0  # standard errors of the sample on either side
 TRIES = 3  # at a wider and wider stretch, before every entry is looked at
@@ -86,7 +86,7 @@ class PrincipalMembers:
         out = []
         for i, (entries, inside, tied) in enumerate(zip(self.entries, self.inside, self.tied, strict=True)):
             counts = [
-                count_bits(inside & update) + self.shares[i] * int((update[tied >> 3] >> (7 - (tied & 7)) & 1).sum())
+                count_bits(inside, update) + self.shares[i] * int((update[tied >> 3] >> (7 - (tied & 7)) & 1).sum())
                 for update in updates
             ]
             out.append(MaskSums(entries, np.array([*counts, *(total[i] for total in expected)])))
@@ -181,7 +181,8 @@ class _Reconstruction:
         if confidence is None:
             return [(0.0, np.inf) for _ in entries]
         m, n = self.shape
-        rows = np.unique(np.linspace(0, m - 1, min(m, SAMPLED_ROWS)).astype(np.int64))
+        count = min(m, max(SAMPLED_ROWS[0], min(SAMPLED_ELEMENTS // n, SAMPLED_ROWS[1])))
+        rows = np.unique(np.linspace(0, m - 1, count).astype(np.int64))
         out = []
         for wanted, block in zip(entries, self._of(rows), strict=True):
             size = np.abs(block)

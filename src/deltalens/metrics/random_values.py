@@ -52,6 +52,7 @@ def stable_rank_random(m: int, n: int) -> float:
     return m * n / (sqrt(m) + sqrt(n)) ** 2
 
 
+@lru_cache(maxsize=1024)
 def top_energy_random(m: int, n: int, k: int) -> float:
     """Expected share of ‖G‖_F² in the k largest of the min(m, n) squared singular values of a Gaussian matrix."""
     d = min(m, n)

@@ -27,7 +27,8 @@ RESOLVED = 1e-6  # σ/σ₁ below which a direction of Δ is rounding noise of i
 
 def overlap(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
     """Sizes of the intersection and the union of two packed masks."""
-    return count_bits(a & b), count_bits(a | b)
+    shared = count_bits(a, b)
+    return shared, count_bits(a) + count_bits(b) - shared
 
 
 class MaskHistory:
@@ -49,8 +50,8 @@ class MaskHistory:
         new = mask & ~self._previous
         counts = {
             "appeared": count_bits(new),
-            "vanished": count_bits(self._previous & ~mask),
-            "returned": count_bits(new & self._ever),
+            "vanished": count_bits(self._previous, ~mask),
+            "returned": count_bits(new, self._ever),
             "stepped": count_bits(mask | self._previous),
         }
         self._ever = self._ever | mask
