@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from deltalens import CompactAdamW, SubnetworkMask
 from deltalens.subnetwork import select_mask
+from deltalens.subnetwork.kernels import gather, scatter
 
 DENSITIES = (0.175, 0.05, 0.01)
 BYTES_ASKED = {0.175: 0.30, 0.01: 0.05}
@@ -83,6 +84,27 @@ def compact_step(model: torch.nn.Module, optimizer: CompactAdamW, gradients: lis
     return step
 
 
+def floor_step(model: torch.nn.Module, optimizer: CompactAdamW, gradients: list[torch.Tensor]) -> Callable[[], Times]:
+    """The least that any optimizer of these positions does: fetch the gradients and write weights, no arithmetic."""
+    by_parameter = {id(tensor.parameter): tensor for tensor in optimizer.tensors}
+    found = [by_parameter[id(p)] for p in model.parameters()]
+    values = [tensor.weights[tensor.positions()] for tensor in found]
+
+    def write() -> None:
+        for tensor, value in zip(found, values, strict=True):
+            scatter(tensor.weights, tensor.index, value)
+
+    def step() -> Times:
+        total = np.zeros(2)
+        for tensor, gradient in zip(found, gradients, strict=True):
+            gradient.neg_()
+            flat = gradient.view(-1)
+            total += seconds(lambda: gather(flat, tensor.index, tensor.grad, add=False))  # noqa: B023
+        return total + seconds(write)
+
+    return step
+
+
 def dense_step(
     weights: list[torch.Tensor], gradients: list[torch.Tensor]
 ) -> tuple[Callable[[], None], Callable[[], int]]:
@@ -131,8 +153,9 @@ def compare(folder: str | None, trained: str | None, dtype: torch.dtype, repeats
         compact = compact_step(model, optimizer, gradients)
         compact()
         held = optimizer.held_bytes()
-        times = np.array([[seconds(dense), compact()] for _ in range(repeats)])  # in turns
-        (dense_wall, dense_cpu), (wall, cpu) = times.min(axis=0) * 1e3
+        floor = floor_step(model, optimizer, gradients)
+        times = np.array([[seconds(dense), compact(), seconds(dense), floor()] for _ in range(repeats)])  # in turns
+        (dense_wall, dense_cpu), (wall, cpu), _, (_, least) = times.min(axis=0) * 1e3
         parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in held.items())
         ratio, asked = sum(held.values()) / base, BYTES_ASKED.get(density)
         print(f"  {density:6.1%}  held {ratio:.4f} of dense{f' (asked {asked})' if asked else ''}: {parts} MB")
@@ -140,9 +163,9 @@ def compare(folder: str | None, trained: str | None, dtype: torch.dtype, repeats
         print(
             f"          processor time {cpu:.0f} ms against {dense_cpu:.0f} ms: {cpu / dense_cpu:.2f} of dense", end=""
         )
-        print(f" (asked {TIME_ASKED[density]})", flush=True)
+        print(f" (asked {TIME_ASKED[density]}); gathering and writing alone {least / dense_cpu:.2f}", flush=True)
         optimizer.detach()
-        del optimizer, compact
+        del optimizer, compact, floor
         gc.collect()
 
 
