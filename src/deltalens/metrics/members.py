@@ -23,7 +23,7 @@ __all__ = ["WORD_COUNT", "PrincipalMembers"]
 BLOCK_ELEMENTS = 1 << 18  # 1 MB of R: its loops find it in the cache
 SAMPLED_ROWS, SAMPLED_ELEMENTS = (64, 256), 1 << 17  # at least and at most, of R, for where a threshold lies
 SAMPLED_EVERY = 5  # entry of these
-CONFIDENCE = 4.0  # standard errors of the sample on either side
+CONFIDENCE = 3.0  # standard errors of the sample on either side
 TRIES = 3  # at a wider and wider stretch, before every entry is looked at
 CHUNK = 4096  # entries whose places are listed at once
 NEAR_CHUNK = 1 << 14  # entries computed again in float64 at once
@@ -67,12 +67,11 @@ class PrincipalMembers:
         for one, edge, total in zip(passes, edges, self.words, strict=True):
             assert edge is not None, "looking at every entry finds the threshold"
             above, tied, share = edge
-            one.include(above)
+            _include(above, words, one.inside, one.words)
             self.inside.append(one.inside)
             self.tied.append(tied)
             self.shares.append(share)
             total += one.words
-            np.add.at(total, words[above], 1.0)
             np.add.at(total, words[tied], share)
 
     def sums(self, updates: Sequence[np.ndarray], probabilities: Sequence[np.ndarray] = ()) -> list[MaskSums]:
@@ -122,10 +121,6 @@ class _Pass:
         """Places of the entries of the stretch, and their |R|."""
         places, values = zip(*self._near, strict=True)
         return np.concatenate(places), np.concatenate(values)
-
-    def include(self, places: np.ndarray) -> None:
-        bits = np.uint8(128) >> (places & 7).astype(np.uint8)
-        np.bitwise_or.at(self.inside, places >> 3, bits)
 
 
 class _Reconstruction:
@@ -276,3 +271,11 @@ def _sort_out(bits, low, high, words, flags, histogram):  # type: ignore[no-unty
             flags[i] = above
             histogram[words[i]] += above
     return near, kept, inside, largest
+
+
+@numba.njit([numba.void(numba.int64[::1], WORDS, numba.uint8[::1], numba.int64[::1])], **KERNEL)
+def _include(places, words, inside, histogram):  # type: ignore[no-untyped-def]
+    """Marks the entries at some places as inside."""
+    for place in places:
+        inside[place >> 3] |= np.uint8(128 >> (place & 7))
+        histogram[words[place]] += 1
