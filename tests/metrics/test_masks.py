@@ -94,13 +94,13 @@ def test_masks_where_float32_could_misplace_entries(shape, scale):
 def test_a_mask_where_the_sampled_rows_mislead():
     """Sampled rows hold all of R but for a few entries: the threshold lies far below the guess."""
     long = np.full((5000, 1), 1e-3)
-    long[np.unique(np.linspace(0, 4999, 256).astype(int))] = 1.0
+    long[np.unique(np.linspace(0, 4999, 1024).astype(int))] = 1.0
     factors = Factorisation(long, np.ones(1), np.ones((50, 1)))
     source = (long @ np.ones((1, 50))).astype(np.float32)
-    held = PrincipalMembers(factors, source, [MaskSpec(1, 0.2)])
+    held = PrincipalMembers(factors, source, [MaskSpec(1, 0.5)])
     (total,) = held.sums([np.packbits(np.ones(source.shape, bool)), np.packbits(source == 1)])
-    assert total.entries == 50_000
-    assert total.sums.tolist() == pytest.approx([50_000, 256 * 50])
+    assert total.entries == 125_000
+    assert total.sums.tolist() == pytest.approx([125_000, 1024 * 50])
 
 
 def test_where_all_entries_tie_a_mask_holds_its_share_of_everything():

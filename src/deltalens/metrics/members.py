@@ -21,7 +21,8 @@ from deltalens.metrics.values import KERNEL, WORDS, ceil_share
 __all__ = ["WORD_COUNT", "PrincipalMembers"]
 
 BLOCK_ELEMENTS = 1 << 18  # 1 MB of R: its loops find it in the cache
-SAMPLED_ROWS, SAMPLED_ELEMENTS = (64, 256), 1 << 17  # at least and at most, of R, for where a threshold lies
+SAMPLED_ROWS = 64, 1024  # of R, at least and at most, for where a threshold lies
+SAMPLED_ELEMENTS = 1 << 17  # of these rows; of a large matrix more
 SAMPLED_EVERY = 5  # entry of these
 CONFIDENCE = 3.0  # standard errors of the sample on either side
 TRIES = 3  # at a wider and wider stretch, before every entry is looked at
@@ -52,11 +53,12 @@ class PrincipalMembers:
         self.masks = tuple(masks)
         self.entries = [ceil_share(mask.share, prod(before.shape)) for mask in masks]
         reconstruction = _Reconstruction(factors, before.shape, self.masks)
-        words = magnitude_words(before.reshape(-1))
+        flat = before.reshape(-1)
         for attempt in range(TRIES + 1):
             width = CONFIDENCE * 4**attempt if attempt < TRIES else None
             passes = [_Pass(before.size, low, high) for low, high in reconstruction.stretches(self.entries, width)]
             for start, blocks in reconstruction.blocks():
+                words = magnitude_words(flat[start : start + reconstruction.block])
                 for one, block in zip(passes, blocks, strict=True):
                     one.add(block.reshape(-1), start, words)
             edges = [reconstruction.edges(i, one, self.entries[i]) for i, one in enumerate(passes)]
@@ -67,12 +69,12 @@ class PrincipalMembers:
         for one, edge, total in zip(passes, edges, self.words, strict=True):
             assert edge is not None, "looking at every entry finds the threshold"
             above, tied, share = edge
-            _include(above, words, one.inside, one.words)
+            _include(above, magnitude_words(flat[above]), one.inside, one.words)
             self.inside.append(one.inside)
             self.tied.append(tied)
             self.shares.append(share)
             total += one.words
-            np.add.at(total, words[tied], share)
+            np.add.at(total, magnitude_words(flat[tied]), share)
 
     def sums(self, updates: Sequence[np.ndarray], probabilities: Sequence[np.ndarray] = ()) -> list[MaskSums]:
         """For each mask how many of each packed update it holds, then Σ P(|w|) over it for each of `probabilities`.
@@ -103,24 +105,26 @@ class _Pass:
         self.words = np.zeros(WORD_COUNT, np.int64)
         self.count = 0
         self.largest = 0.0
-        self._near: list[tuple[np.ndarray, np.ndarray]] = []
+        self._near: list[tuple[int, np.ndarray, np.ndarray]] = []
 
     def add(self, block: np.ndarray, start: int, words: np.ndarray) -> None:
-        """`block`: flat, of the entries from `start`, which is a multiple of 8."""
+        """`block`: flat, of the entries from `start`, which is a multiple of 8; `words` are theirs."""
         flags = np.zeros(block.size, np.uint8)
-        here = words[start : start + block.size]
         places, kept, count, largest = _sort_out(
-            block.view(np.uint32), self.keys[0], self.keys[1], here, flags, self.words
+            block.view(np.uint32), self.keys[0], self.keys[1], words, flags, self.words
         )
         self.inside[start // 8 : start // 8 + -(-block.size // 8)] = np.packbits(flags)
-        self._near.append((places[:kept] + start, np.abs(block[places[:kept]])))
+        near = places[:kept]
+        self._near.append((start, near.astype(np.int32), np.abs(block[near])))  # in a large matrix these are many
         self.count += count
         self.largest = max(self.largest, float(np.uint32(largest).view(np.float32)))
 
     def near(self) -> tuple[np.ndarray, np.ndarray]:
         """Places of the entries of the stretch, and their |R|."""
-        places, values = zip(*self._near, strict=True)
-        return np.concatenate(places), np.concatenate(values)
+        places = [start + near for start, near, _ in self._near]
+        found = np.concatenate(places, dtype=np.int64), np.concatenate([values for _, _, values in self._near])
+        self._near = []
+        return found
 
 
 class _Reconstruction:
@@ -131,21 +135,25 @@ class _Reconstruction:
         top = float(factors.values[0])
         scale = factors.values[:k] / top if top > 0 else np.zeros(k)
         self.shape, self.masks, self.scale = shape, masks, scale
+        self.block = shape[1] * max(8, BLOCK_ELEMENTS // shape[1] // 8 * 8)  # whole bytes of a packed mask
         long, short = factors.long[:, :k], factors.short[:, :k]
-        scaled = np.empty(long.shape, np.float32)
-        np.multiply(long, scale, out=scaled, casting="same_kind")
-        tall = is_tall(shape)
-        self.rows, self.columns = (long, short) if tall else (short, long)
-        single = scaled, np.ascontiguousarray(short, dtype=np.float32)
-        self.single = single if tall else single[::-1]
+        self.rows, self.columns = (long, short) if is_tall(shape) else (short, long)
+        self.single_columns = np.ascontiguousarray(self.columns, dtype=np.float32)
         # |Σ l·s − its float32 value| ≤ (k + a few)·2⁻²⁴·Σ|l·s|, whatever the order of the sum: rounding of both
         # factors, of k products and sums, and of the addition of a step for each rank. Σ|l·s| ≤ ‖l‖·‖s‖.
-        norms = [float(np.sqrt(np.einsum("ik,ik->i", side, side).max())) for side in self.single]
+        norms = [0.0, float(np.sqrt(np.einsum("ik,ik->i", self.single_columns, self.single_columns).max()))]
+        for start in range(0, shape[0], CHUNK):
+            some = self._single_rows(slice(start, start + CHUNK))
+            norms[0] = max(norms[0], float(np.sqrt(np.einsum("ik,ik->i", some, some).max())))
         self.error = 1.02 * (k + len(masks) + 4) * 2.0**-24 * norms[0] * norms[1] + 1e-37
+
+    def _single_rows(self, part: slice | np.ndarray) -> np.ndarray:
+        """The factors of some rows, times σ / σ₁; made as they are asked for, as the longer side has many."""
+        return np.multiply(self.rows[part], self.scale, dtype=np.float32, casting="same_kind")
 
     def _of(self, part: slice | np.ndarray) -> Iterator[np.ndarray]:
         """R of each rank for some rows; one buffer serves all."""
-        rows, columns = self.single
+        rows, columns = self._single_rows(part), self.single_columns
         done = 0
         total: np.ndarray | None = None
         step: np.ndarray | None = None
@@ -153,9 +161,9 @@ class _Reconstruction:
             if mask.rank > done:
                 span = slice(done, mask.rank)
                 if total is None:
-                    total = rows[part, span] @ columns[:, span].T
+                    total = rows[:, span] @ columns[:, span].T
                 else:
-                    step = np.matmul(rows[part, span], columns[:, span].T, out=step)
+                    step = np.matmul(rows[:, span], columns[:, span].T, out=step)
                     total += step
                 done = mask.rank
             assert total is not None, "a mask has rank at least 1"
@@ -164,7 +172,7 @@ class _Reconstruction:
     def blocks(self) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
         """The place of a block's first entry, and R of each rank there."""
         m, n = self.shape
-        count = max(8, BLOCK_ELEMENTS // n // 8 * 8)  # whole bytes of a packed mask
+        count = self.block // n
         for row in range(0, m, count):
             yield row * n, self._of(slice(row, min(row + count, m)))
 
@@ -176,7 +184,7 @@ class _Reconstruction:
         if confidence is None:
             return [(0.0, np.inf) for _ in entries]
         m, n = self.shape
-        count = min(m, max(SAMPLED_ROWS[0], min(SAMPLED_ELEMENTS // n, SAMPLED_ROWS[1])))
+        count = min(m, max(SAMPLED_ROWS[0], min(max(SAMPLED_ELEMENTS, m * n >> 7) // n, SAMPLED_ROWS[1])))
         rows = np.unique(np.linspace(0, m - 1, count).astype(np.int64))
         out = []
         for wanted, block in zip(entries, self._of(rows), strict=True):
@@ -275,7 +283,7 @@ def _sort_out(bits, low, high, words, flags, histogram):  # type: ignore[no-unty
 
 @numba.njit([numba.void(numba.int64[::1], WORDS, numba.uint8[::1], numba.int64[::1])], **KERNEL)
 def _include(places, words, inside, histogram):  # type: ignore[no-untyped-def]
-    """Marks the entries at some places as inside."""
-    for place in places:
-        inside[place >> 3] |= np.uint8(128 >> (place & 7))
-        histogram[words[place]] += 1
+    """Marks the entries at some places, whose words are given, as inside."""
+    for i in range(places.size):
+        inside[places[i] >> 3] |= np.uint8(128 >> (places[i] & 7))
+        histogram[words[i]] += 1
