@@ -51,7 +51,7 @@ def delta_pass_and_gram(blocks: Blocks, width: int, source: Factorisation) -> tu
     for part, block in blocks():
         total += block.T @ block
         on_long += source.long[part].T @ block
-    short_energy = np.einsum("dk,dk->k", source.short, total @ source.short)
+    short_energy = np.einsum("kd,dk->k", source.short.T @ total, source.short)
     return DeltaPass(np.einsum("kd,kd->k", on_long, on_long), short_energy, on_long @ source.short), total
 
 
