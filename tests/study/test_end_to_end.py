@@ -10,7 +10,7 @@ from deltalens.errors import ConfigError
 from deltalens.patch import pack
 from deltalens.study import Outcome, Runner, load_study, write_pages
 from deltalens.study.plan import train_config
-from deltalens.study.steps import mask_hash, restore
+from deltalens.study.steps import restore
 from deltalens.subnetwork import SubnetworkMask
 from deltalens.train.run import train
 
@@ -54,9 +54,9 @@ def test_study_of_a_tiny_model(tiny_model: Path, tmp_path: Path, monkeypatch: py
 
     # A mask is known by its bits, whatever the order of its file's metadata.
     SubnetworkMask.load(tmp_path / "masks" / "masked-s0.mask").save(tmp_path / "other.mask")
-    assert mask_hash(SubnetworkMask.load(tmp_path / "other.mask")) == made.records["mask:masked-s0"]["output"]
+    assert SubnetworkMask.load(tmp_path / "other.mask").content_hash() == made.records["mask:masked-s0"]["output"]
     assert (
-        mask_hash(SubnetworkMask.load(tmp_path / "masks" / "random-s0.mask"))
+        SubnetworkMask.load(tmp_path / "masks" / "random-s0.mask").content_hash()
         != made.records["mask:masked-s0"]["output"]
     )
 

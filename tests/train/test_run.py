@@ -223,6 +223,12 @@ def test_a_mask_confines_training_and_its_complement_keeps_its_bits(tiny_model: 
         assert not (changed & ~dense[name]).any(), name
         if tensor.ndim == 2:
             assert changed.sum() > 0.5 * dense[name].sum(), name
+    mask.save(tmp_path / "again.mask")  # of other bytes: metadata has no order
+    again = train(run.model_copy(update={"mask": str(tmp_path / "again.mask")}), tmp_path / "run", quiet=True)
+    assert again.log == done.log
+    (~mask).save(tmp_path / "rest.mask")
+    with pytest.raises(ConfigError, match="mask_blake3"):
+        train(run.model_copy(update={"mask": str(tmp_path / "rest.mask")}), tmp_path / "run", quiet=True)
     other = tmp_path / "other"
     shutil.copytree(done.model, other)
     with pytest.raises(DeltalensError, match="made for another source"):

@@ -9,11 +9,10 @@ from typing import Any
 
 from deltalens.errors import ConfigError
 from deltalens.study.spec import Instance, MaskOf, SmallVLM, Study, expand, instance_of
-from deltalens.train.config import GRPORun, OPDRun, OPSDRun, Run, SeqKDRun, SFTRun, load_config
+from deltalens.train.config import METHODS, load_config
 
 __all__ = ["ModelRef", "Plan", "Step", "model_of", "plan", "select", "train_config"]
 
-_METHODS: dict[str, type[Run]] = {"sft": SFTRun, "seqkd": SeqKDRun, "opd": OPDRun, "opsd": OPSDRun, "grpo": GRPORun}
 _OWN = ("method", "checkpoint", "model", "teacher", "mask", "seeds", "rates", "best_seeds")
 
 
@@ -158,7 +157,7 @@ def _training(study: Study, one: Instance) -> list[Step]:
     spec = study.runs[one.run]
     method = spec.method or ""
     extra = dict(spec.model_extra or {})
-    known = _METHODS[method].model_fields if method in _METHODS else {}
+    known = METHODS[method].model_fields if method in METHODS else {}
     defaults = {key: value for key, value in study.defaults.items() if key in known or key not in _any_key()}
     config = {"method": method, "task": study.task, **defaults, **extra, "seed": one.seed}
     if one.rate is not None:
@@ -185,7 +184,7 @@ def _training(study: Study, one: Instance) -> list[Step]:
 
 
 def _any_key() -> set[str]:
-    return {key for kind in _METHODS.values() for key in kind.model_fields}
+    return {key for kind in METHODS.values() for key in kind.model_fields}
 
 
 def train_config(step: Step, folder: Path, rate: float | None = None) -> Any:

@@ -12,7 +12,7 @@ from deltalens.errors import ConfigError
 from deltalens.files import whole_file
 from deltalens.study.plan import ModelRef, Step, train_config
 
-__all__ = ["PERFORM", "Made", "identity", "made_at", "mask_hash", "perform", "restore"]
+__all__ = ["PERFORM", "Made", "identity", "made_at", "perform", "restore"]
 
 Numbers = dict[str, Any]
 Made = tuple[str, Numbers]
@@ -167,19 +167,7 @@ def _mask(step: Step, folder: Path, rate: float | None, quiet: bool) -> Made:
         mask.save(made)
     roles = {role: count / max(1, size) for role, (_, size, count) in mask.by_role().items()}
     numbers = {"rule": mask.rule, "density": mask.total_density(), "density_by_role": roles}
-    return mask_hash(mask), numbers
-
-
-def mask_hash(mask: Any) -> str:
-    """Of what a mask selects: two files of one mask may differ, since safetensors writes metadata in any order."""
-    from blake3 import blake3
-
-    hasher = blake3(mask.source_hash.encode())
-    for name in sorted(mask.names()):
-        bits = mask.packed(name)
-        hasher.update(f"\0{name}\0{bits.size}\0".encode())
-        hasher.update(bits.tobytes())
-    return hasher.hexdigest()
+    return mask.content_hash(), numbers
 
 
 def _eval(step: Step, folder: Path, rate: float | None, quiet: bool) -> Made:

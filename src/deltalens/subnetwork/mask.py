@@ -159,6 +159,17 @@ class SubnetworkMask:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
 
+    def content_hash(self) -> str:
+        """BLAKE3 of the source's hash and of what is selected. Two files of one mask may differ: safetensors writes
+        metadata in any order.
+        """
+        hasher = blake3(self.source_hash.encode())
+        for name in sorted(self._shapes):
+            bits = self.packed(name)
+            hasher.update(f"\0{name}\0{bits.size}\0".encode())
+            hasher.update(bits.tobytes())
+        return hasher.hexdigest()
+
     def names(self) -> list[str]:
         """The tensors that the mask speaks of, in the source's order; some may have no bit set."""
         return list(self._shapes)

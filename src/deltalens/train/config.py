@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from deltalens.errors import ConfigError
 
 __all__ = [
+    "METHODS",
     "GRPORun",
     "LoRA",
     "OPDRun",
@@ -226,7 +227,7 @@ class GRPORun(_Rollouts):
 
 
 TrainConfig = Annotated[SFTRun | SeqKDRun | OPDRun | OPSDRun | GRPORun, Field(discriminator="method")]
-_METHODS: dict[str, type[Run]] = {"sft": SFTRun, "seqkd": SeqKDRun, "opd": OPDRun, "opsd": OPSDRun, "grpo": GRPORun}
+METHODS: dict[str, type[Run]] = {"sft": SFTRun, "seqkd": SeqKDRun, "opd": OPDRun, "opsd": OPSDRun, "grpo": GRPORun}
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(TrainConfig)
 
 
@@ -246,12 +247,12 @@ def load_config(source: Path | dict[str, Any], overrides: list[str] | None = Non
     for override in overrides or []:
         _set(content, override)
     method = content.get("method")
-    if method not in _METHODS:
-        raise ConfigError(f"{where}: method is {method!r}; choose one of {', '.join(sorted(_METHODS))}")
+    if method not in METHODS:
+        raise ConfigError(f"{where}: method is {method!r}; choose one of {', '.join(sorted(METHODS))}")
     try:
         return _ADAPTER.validate_python(content)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_said(error, _METHODS[method])}") from None
+        raise ConfigError(f"{where}: {_said(error, METHODS[method])}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from typing import Any
 from blake3 import blake3
 
 from deltalens._version import __version__
-from deltalens.errors import ConfigError
+from deltalens.errors import CheckpointError, ConfigError
 from deltalens.files import whole_file
+from deltalens.subnetwork.mask import SubnetworkMask
 from deltalens.train.build import build_trainer
 from deltalens.train.config import OPDRun, Run, SeqKDRun
 from deltalens.train.data import data_hash
@@ -148,7 +149,7 @@ def _manifest(run: Any, source: Path, teachers: dict[str, str], data: str) -> di
         "config": run.model_dump(mode="json", exclude={"output"}),
         "data_blake3": data,
         "model_blake3": model_hash(source),
-        "mask_blake3": None if run.mask is None else _file_hash(run.mask),
+        "mask_blake3": None if run.mask is None else _mask_hash(run.mask),
         "teachers_blake3": {name: model_hash(Path(path)) for name, path in teachers.items()},
         "versions": {
             "deltalens": __version__,
@@ -167,11 +168,12 @@ def model_hash(folder: Path) -> str:
     return hasher.hexdigest()
 
 
-def _file_hash(path: str) -> str:
+def _mask_hash(path: str) -> str:
     try:
-        return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
-    except OSError as error:
-        raise ConfigError(f"mask {path}: cannot be read ({error.strerror}); make one with `deltalens mask`") from None
+        return SubnetworkMask.load(path).content_hash()
+    except CheckpointError as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise ConfigError(f"mask {path}: cannot be read ({why}); make one with `deltalens mask`") from None
 
 
 def _open(folder: Path, manifest: dict[str, Any], *, write: bool) -> bool:
