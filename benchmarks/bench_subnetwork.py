@@ -92,14 +92,14 @@ def floor_step(model: torch.nn.Module, optimizer: CompactAdamW, gradients: list[
 
     def write() -> None:
         for tensor, value in zip(found, values, strict=True):
-            scatter(tensor.weights, tensor.index, value)
+            scatter(tensor.weights, tensor.places, value)
 
     def step() -> Times:
         total = np.zeros(2)
         for tensor, gradient in zip(found, gradients, strict=True):
             gradient.neg_()
             flat = gradient.view(-1)
-            total += seconds(lambda: gather(flat, tensor.index, tensor.grad, add=False))  # noqa: B023
+            total += seconds(lambda: gather(flat, tensor.places, tensor.flat_grad, add=False))  # noqa: B023
         return total + seconds(write)
 
     return step

@@ -142,7 +142,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         for (device, dtype, groups), tensors in kinds.items():
             flat = torch.zeros(sum(tensor.count for tensor in tensors), dtype=dtype, device=device)
             for tensor, view in zip(tensors, flat.split([tensor.count for tensor in tensors]), strict=True):
-                tensor.grad, tensor.filled = view.view(tensor.compact_shape), False
+                tensor.hold(view)
             self._buffers.append(Buffer(flat, tensors, groups))
 
     def _reduce(self) -> None:

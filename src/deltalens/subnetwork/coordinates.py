@@ -16,6 +16,7 @@ from deltalens.subnetwork.distributed import local_mask, local_tensor
 
 __all__ = ["CompactTensor", "Found", "Restriction", "find_parameters", "mover"]
 
+_GATHERED = (torch.float32, torch.bfloat16)  # by compiled loops
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -90,9 +91,10 @@ class CompactTensor:
             float32 (float64 for float64 weights): the master of narrower weights, a copy of float32 ones, which saves
             gathering them in every step. Of length 0 before the first step, and where an optimizer updates the weights
             where they lie.
-        grad: the accumulated gradient, of the same shape: a view into a buffer.
+        grad: the accumulated gradient, of the same shape: a view into a buffer, set by `hold`.
         filled: whether there is a gradient since the last step.
-        compiled: whether `deltalens.subnetwork.kernels` serves it: part of a tensor on the CPU. Known once placed.
+        kernels: `deltalens.subnetwork.kernels` where it serves this: part of a tensor on the CPU. Known once placed.
+        places, flat_grad: `index` and `grad` as the kernels take them.
     """
 
     def __init__(self, found: Found, restriction: Restriction) -> None:
@@ -119,7 +121,8 @@ class CompactTensor:
         self.values = nn.Parameter(self.nothing(weights.device), requires_grad=False)
         self.grad = self.nothing(weights.device)
         self.filled = False
-        self.compiled = False
+        self.kernels: Any = None
+        self.places = self.flat_grad = np.empty(0)
         self._version = -1  # torch's count of writes to the weights, after this one's own
 
     def nothing(self, device: torch.device) -> Tensor:
@@ -140,22 +143,31 @@ class CompactTensor:
         self.index = self.index if self.index is None else self.index.to(device)
         self.basis = self.basis if self.basis is None else self.basis.to(device)
         self.values.data = self.values.data.to(device)
-        self.compiled = self.index is not None and self.index.dtype == torch.int32 and device.type == "cpu"
+        self.kernels = None
+        if self.index is not None and self.index.dtype == torch.int32 and device.type == "cpu":
+            from deltalens.subnetwork import kernels
+
+            self.kernels, self.places = kernels, kernels.places(self.index)
+
+    def hold(self, grad: Tensor) -> None:
+        """Accumulate into this buffer (count,) from here on."""
+        self.grad, self.filled = grad.view(self.compact_shape), False
+        if self.kernels is not None:
+            self.flat_grad = grad.numpy()
 
     def collect(self, gradient: Tensor) -> None:
         """Add the trained entries of a dense gradient (of this rank's part)."""
         if self.basis is not None:
             gradient = (gradient.to(torch.float32) @ self.basis) @ self.basis.T
-        flat, into = gradient.reshape(-1), self.grad.view(-1)
-        if self.index is not None and self.compiled and flat.dtype in (torch.float32, torch.bfloat16):
-            from deltalens.subnetwork.kernels import gather
-
-            gather(flat, self.index, into, add=self.filled)
-        elif self.index is not None and not self.filled and flat.dtype == self.dtype:
-            torch.index_select(flat, 0, self.index, out=into)
+        if self.kernels is not None and gradient.dtype in _GATHERED:
+            self.kernels.gather(gradient, self.places, self.flat_grad, add=self.filled)
         else:
-            taken = flat if self.index is None else flat.index_select(0, self.index)
-            into.add_(taken) if self.filled else into.copy_(taken)
+            flat, into = gradient.reshape(-1), self.grad.view(-1)
+            if self.index is not None and not self.filled and flat.dtype == self.dtype:
+                torch.index_select(flat, 0, self.index, out=into)
+            else:
+                taken = flat if self.index is None else flat.index_select(0, self.index)
+                into.add_(taken) if self.filled else into.copy_(taken)
         self.filled = True
 
     def load(self) -> None:
@@ -181,10 +193,8 @@ class CompactTensor:
                 flat.copy_(new)
         else:
             new = new.to(flat.dtype)
-            if self.compiled:
-                from deltalens.subnetwork.kernels import scatter
-
-                scatter(flat, self.index, new)
+            if self.kernels is not None:
+                self.kernels.scatter(flat, self.places, new)
             else:
                 bits = _INTEGERS[flat.element_size()]  # faster than bfloat16's own
                 flat.view(bits).scatter_(0, self.index.long(), new.view(bits))

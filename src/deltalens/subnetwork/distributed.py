@@ -41,7 +41,7 @@ def ranks(group: dist.ProcessGroup | None) -> int:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; any other tensor as it is. Shares memory, carries no graph."""
-    tensor = tensor.detach()
+    tensor = tensor.detach() if tensor.requires_grad else tensor
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -21,11 +21,14 @@ from torch import Tensor
 
 from deltalens.metrics.values import KERNEL, SINGLES, WORDS, widen_word
 
-__all__ = ["adamw", "gather", "scatter"]
+__all__ = ["adamw", "gather", "places", "scatter"]
 
 PIECE = 1 << 18  # positions that a thread takes at once
-BLOCK = 128  # positions between gathering and writing back: their cache lines are still near
-SPARSE = 10  # weights to a position, from where the processor no longer guesses what to fetch next
+BLOCK, SPARSE_BLOCK = 128, 64  # positions between gathering and writing back: their cache lines are still near
+# Entries to a position, from where the processor no longer guesses what to fetch next: when only reading, and when
+# writing back too.
+SPARSE_READ, SPARSE = 4, 10
+AHEAD = 2 * BLOCK  # positions from those that are read to those that are fetched
 
 # No check before a division, and (by unsigned positions, and by slices) none whether an index counts from the end:
 # either would keep the arithmetic from becoming vector instructions.
@@ -53,17 +56,32 @@ def _prefetch(typing: Any, array: Any, i: Any) -> Any:
     return types.void(array, types.uint64), generate
 
 
-@njit([types.void(SINGLES, _INDEX, _INTO, types.boolean)], **FAST)
-def _gather_singles(dense, index, out, add):  # type: ignore[no-untyped-def]
-    for i in range(index.size):
-        out[i] = out[i] + dense[index[i]] if add else dense[index[i]]
+@njit(inline="always", **{**FAST, "cache": False})
+def _fetch(dense, index, start, count):  # type: ignore[no-untyped-def]
+    coming = index[start : start + count]
+    for i in range(coming.size):
+        _prefetch(dense, coming[i])  # type: ignore[call-arg]
 
 
-@njit([types.void(WORDS, _INDEX, _INTO, types.boolean)], **FAST)
-def _gather_words(dense, index, out, add):  # type: ignore[no-untyped-def]
-    for i in range(index.size):
-        value = widen_word(dense[index[i]])
-        out[i] = out[i] + value if add else value
+@njit([types.void(SINGLES, _INDEX, _INTO, types.boolean, types.boolean)], **FAST)
+def _gather_singles(dense, index, out, add, sparse):  # type: ignore[no-untyped-def]
+    for start in range(0, index.size, BLOCK):
+        if sparse:
+            _fetch(dense, index, start + AHEAD, BLOCK)
+        places, into = index[start : start + BLOCK], out[start : start + BLOCK]
+        for i in range(places.size):
+            into[i] = into[i] + dense[places[i]] if add else dense[places[i]]
+
+
+@njit([types.void(WORDS, _INDEX, _INTO, types.boolean, types.boolean)], **FAST)
+def _gather_words(dense, index, out, add, sparse):  # type: ignore[no-untyped-def]
+    for start in range(0, index.size, BLOCK):
+        if sparse:
+            _fetch(dense, index, start + AHEAD, BLOCK)
+        places, into = index[start : start + BLOCK], out[start : start + BLOCK]
+        for i in range(places.size):
+            value = widen_word(dense[places[i]])
+            into[i] = into[i] + value if add else value
 
 
 @njit([types.void(t[::1], _INDEX, t[::1]) for t in (types.uint16, types.uint32, types.uint64)], **FAST)
@@ -74,15 +92,14 @@ def _scatter(dense, index, values):  # type: ignore[no-untyped-def]
 
 @njit([types.void(_INTO, _INDEX, SINGLES, _INTO, _INTO, *[types.float32] * 7, types.boolean)], **FAST)
 def _adamw(weights, index, grads, firsts, seconds, keep, rate1, beta2, rate2, size, root, eps, sparse):  # type: ignore[no-untyped-def]
-    new = np.empty(BLOCK, np.float32)
-    for start in range(0, index.size, BLOCK):
-        places, g = index[start : start + BLOCK], grads[start : start + BLOCK]
-        m, v = firsts[start : start + BLOCK], seconds[start : start + BLOCK]
+    block = SPARSE_BLOCK if sparse else BLOCK
+    new = np.empty(block, np.float32)
+    for start in range(0, index.size, block):
+        places, g = index[start : start + block], grads[start : start + block]
+        m, v = firsts[start : start + block], seconds[start : start + block]
         w = new[: places.size]
         if sparse:
-            coming = index[start + BLOCK : start + 2 * BLOCK]
-            for i in range(coming.size):
-                _prefetch(weights, coming[i])  # type: ignore[call-arg]
+            _fetch(weights, index, start + 2 * block, block)
         for i in range(places.size):
             w[i] = weights[places[i]]
         for i in range(places.size):
@@ -93,40 +110,49 @@ def _adamw(weights, index, grads, firsts, seconds, keep, rate1, beta2, rate2, si
             weights[places[i]] = w[i]
 
 
-def gather(dense: Tensor, index: Tensor, out: Tensor, *, add: bool) -> None:
-    """out ← dense[index], or out ← out + dense[index].
+def places(index: Tensor) -> np.ndarray:
+    """Positions (int32, on the CPU) as the loops take them, uint32; shares memory."""
+    return index.numpy().view(np.uint32)
+
+
+def gather(dense: Tensor, at: np.ndarray, out: np.ndarray, *, add: bool) -> None:
+    """out ← dense[at], or out ← out + dense[at].
 
     Args:
-        dense: flat, contiguous, float32 or bfloat16.
-        index: int32, ascending.
-        out: float32, as long as `index`.
+        dense: float32 or bfloat16; positions count through it flattened.
+        at: from `places`, ascending.
+        out: float32, as long as `at`.
     """
     kernel = _gather_words if dense.dtype == torch.bfloat16 else _gather_singles
-    values = _bits(dense) if dense.dtype == torch.bfloat16 else dense.numpy()
-    run([(kernel, values, at, into, add) for at, into in _pieces(_positions(index), out.numpy())])
+    values = (_bits(dense) if dense.dtype == torch.bfloat16 else dense.numpy()).reshape(-1)
+    sparse = SPARSE_READ * at.size < values.size
+    run([(kernel, values, part, into, add, sparse) for part, into in _pieces(at, out)])
 
 
-def scatter(dense: Tensor, index: Tensor, values: Tensor) -> None:
-    """dense[index] ← values, as bits. Both of one dtype; `index` int32, no position twice."""
+def scatter(dense: Tensor, at: np.ndarray, values: Tensor) -> None:
+    """dense[at] ← values, as bits. Both flat and of one dtype; `at` from `places`, no position twice."""
     into = _bits(dense)
-    run([(_scatter, into, at, part) for at, part in _pieces(_positions(index), _bits(values))])
+    run([(_scatter, into, places, part) for places, part in _pieces(at, _bits(values))])
     torch.autograd.graph.increment_version(dense)
 
 
-def adamw(tensors: list[tuple[Tensor, Tensor, Tensor, dict[str, Tensor], dict[str, Any]]]) -> None:
-    """One step of `torch.optim.AdamW` on weights[index], for each of (weights, index, grad, state, group).
+Update = tuple[Tensor, np.ndarray, np.ndarray, dict[str, Tensor], dict[str, Any]]
 
-    `weights`: flat float32. `index`: int32 (count,), ascending. `grad`: float32 (count,). `state`: torch's `step`,
+
+def adamw(tensors: list[Update]) -> None:
+    """One step of `torch.optim.AdamW` on weights[at], for each of (weights, at, grad, state, group).
+
+    `weights`: flat float32. `at`: (count,) from `places`, ascending. `grad`: float32 (count,). `state`: torch's `step`,
     `exp_avg` and `exp_avg_sq`. `group`: torch's `lr`, `betas`, `eps` and `weight_decay`.
     """
     torch._foreach_add_([state["step"] for _, _, _, state, _ in tensors], 1)
     calls: list[Call] = []
-    for weights, index, grad, state, group in tensors:
+    for weights, at, grad, state, group in tensors:
         (beta1, beta2), lr, step = group["betas"], float(group["lr"]), float(state["step"])
         keep, size, root = 1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 / sqrt(1 - beta2**step)
-        flat, sparse = weights.numpy(), SPARSE * len(index) < len(weights)
-        numbers = keep, 1 - beta1, beta2, 1 - beta2, size, root, group["eps"], sparse
-        parts = _pieces(_positions(index), grad.numpy(), state["exp_avg"].numpy(), state["exp_avg_sq"].numpy())
+        flat = weights.numpy()
+        numbers = keep, 1 - beta1, beta2, 1 - beta2, size, root, group["eps"], SPARSE * at.size < flat.size
+        parts = _pieces(at, grad, state["exp_avg"].numpy(), state["exp_avg_sq"].numpy())
         calls += [(_adamw, flat, *arrays, *numbers) for arrays in parts]
     run(calls)
     torch.autograd.graph.increment_version([weights for weights, *_ in tensors])
@@ -161,10 +187,6 @@ def _pieces(*arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
     if size <= PIECE:
         return [arrays]
     return [tuple(array[start : start + PIECE] for array in arrays) for start in range(0, size, PIECE)]
-
-
-def _positions(index: Tensor) -> np.ndarray:
-    return index.numpy().view(np.uint32)
 
 
 def _bits(flat: Tensor) -> np.ndarray:

@@ -39,19 +39,18 @@ class CompactAdamW(CompactOptimizer, torch.optim.AdamW):
         super().__init__(model, mask, **_fused(settings))
 
     def _update(self, moving: list[CompactTensor]) -> None:
-        groups = {p: group for group in self.param_groups if _is_plain(group) for p in group["params"]}
+        groups = {id(p): group for group in self.param_groups if _is_plain(group) for p in group["params"]}
         in_place, rest = [], []
         for tensor in moving:
-            group, weights = groups.get(tensor.values), tensor.weights
-            if group is None or not tensor.compiled or weights.dtype != torch.float32:
+            group, weights = groups.get(id(tensor.values)), tensor.weights
+            if group is None or tensor.kernels is None or weights.dtype != torch.float32:
                 rest.append(tensor)
                 continue
             state = self.state[tensor.values]
             if not state:
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(tensor.grad) for _ in range(2))
-            assert tensor.index is not None
-            in_place.append((weights, tensor.index, tensor.grad, state, group))
+            in_place.append((weights, tensor.places, tensor.flat_grad, state, group))
         if in_place:
             from deltalens.subnetwork.kernels import adamw
 
