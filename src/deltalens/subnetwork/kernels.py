@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
@@ -24,6 +24,7 @@ from deltalens.metrics.values import KERNEL, SINGLES, WORDS, widen_word
 __all__ = ["adamw", "gather", "places", "scatter"]
 
 PIECE = 1 << 18  # positions that a thread takes at once
+ROWS = 8  # tensors, or pieces, that a thread takes at once of many
 BLOCK, SPARSE_BLOCK = 128, 64  # positions between gathering and writing back: their cache lines are still near
 # Entries to a position, from where the processor no longer guesses what to fetch next: when only reading, and when
 # writing back too.
@@ -54,6 +55,16 @@ def _prefetch(typing: Any, array: Any, i: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.uint64), generate
+
+
+@intrinsic
+def _pointer(typing: Any, address: Any) -> Any:
+    """An address as a pointer, for `carray`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
 
 
 @njit(inline="always", **{**FAST, "cache": False})
@@ -110,6 +121,22 @@ def _adamw(weights, index, grads, firsts, seconds, keep, rate1, beta2, rate2, si
             weights[places[i]] = w[i]
 
 
+@njit([types.void(types.uint64[:, ::1], types.Array(types.float32, 2, "C", readonly=True))], **FAST)
+def _adamw_all(rows, numbers):  # type: ignore[no-untyped-def]
+    """`_adamw` for each row: addresses of weights, positions, gradient and both moments; how many positions and how
+    many weights there are; and which of `numbers`."""
+    for weights, at, grad, first, second, count, size, kind in rows:
+        keep, rate1, beta2, rate2, length, root, eps = numbers[kind]
+        _adamw(
+            carray(_pointer(weights), size, np.float32),  # type: ignore[call-arg]
+            carray(_pointer(at), count, np.uint32),  # type: ignore[call-arg]
+            carray(_pointer(grad), count, np.float32),  # type: ignore[call-arg]
+            carray(_pointer(first), count, np.float32),  # type: ignore[call-arg]
+            carray(_pointer(second), count, np.float32),  # type: ignore[call-arg]
+            keep, rate1, beta2, rate2, length, root, eps, SPARSE * count < size,
+        )  # fmt: skip
+
+
 def places(index: Tensor) -> np.ndarray:
     """Positions (int32, on the CPU) as the loops take them, uint32; shares memory."""
     return index.numpy().view(np.uint32)
@@ -136,25 +163,40 @@ def scatter(dense: Tensor, at: np.ndarray, values: Tensor) -> None:
     torch.autograd.graph.increment_version(dense)
 
 
-Update = tuple[Tensor, np.ndarray, np.ndarray, dict[str, Tensor], dict[str, Any]]
+Update = tuple[Tensor, Tensor, Tensor, dict[str, Tensor], dict[str, Any]]
 
 
 def adamw(tensors: list[Update]) -> None:
-    """One step of `torch.optim.AdamW` on weights[at], for each of (weights, at, grad, state, group).
+    """One step of `torch.optim.AdamW` on weights[index], for each of (weights, index, grad, state, group).
 
-    `weights`: flat float32. `at`: (count,) from `places`, ascending. `grad`: float32 (count,). `state`: torch's `step`,
-    `exp_avg` and `exp_avg_sq`. `group`: torch's `lr`, `betas`, `eps` and `weight_decay`.
+    `weights`: float32, contiguous. `index`: int32 (count,), ascending, flat. `grad`: float32 (count,), contiguous.
+    `state`: torch's `step`, `exp_avg` and `exp_avg_sq`. `group`: torch's `lr`, `betas`, `eps` and `weight_decay`.
     """
     torch._foreach_add_([state["step"] for _, _, _, state, _ in tensors], 1)
-    calls: list[Call] = []
-    for weights, at, grad, state, group in tensors:
-        (beta1, beta2), lr, step = group["betas"], float(group["lr"]), float(state["step"])
-        keep, size, root = 1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 / sqrt(1 - beta2**step)
-        flat = weights.numpy()
-        numbers = keep, 1 - beta1, beta2, 1 - beta2, size, root, group["eps"], SPARSE * at.size < flat.size
-        parts = _pieces(at, grad, state["exp_avg"].numpy(), state["exp_avg_sq"].numpy())
-        calls += [(_adamw, flat, *arrays, *numbers) for arrays in parts]
-    run(calls)
+    # Addresses, and one call for many tensors: to hand each of its arrays to a loop takes as long as its loop.
+    rows: list[tuple[int, ...]] = []
+    kinds: dict[tuple[int, float], int] = {}
+    numbers: list[tuple[float, ...]] = []
+    for weights, index, grad, state, group in tensors:
+        step = float(state["step"])
+        kind = kinds.setdefault((id(group), step), len(numbers))
+        if kind == len(numbers):
+            (beta1, beta2), lr = group["betas"], float(group["lr"])
+            keep, size, root = 1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 / sqrt(1 - beta2**step)
+            numbers.append((keep, 1 - beta1, beta2, 1 - beta2, size, root, group["eps"]))
+        count, total = index.numel(), weights.numel()
+        arrays = index, grad, state["exp_avg"], state["exp_avg_sq"]  # 4 bytes an entry
+        # An address tells nothing of what lies there.
+        assert all(each.numel() == count and each.element_size() == 4 and each.is_contiguous() for each in arrays)
+        assert weights.dtype == torch.float32
+        assert weights.is_contiguous()
+        first, others = weights.data_ptr(), [each.data_ptr() for each in arrays]
+        for start in range(0, count, PIECE):
+            at = [address + 4 * start for address in others]
+            rows.append((first, *at, min(PIECE, count - start), total, kind))
+    table, constants = np.array(rows, np.uint64).reshape(-1, 8), np.array(numbers, np.float32)
+    together = len(table) if torch.get_num_threads() == 1 else ROWS
+    run([(_adamw_all, table[i : i + together], constants) for i in range(0, len(table), together)])
     torch.autograd.graph.increment_version([weights for weights, *_ in tensors])
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from deltalens.errors import ConfigError
 from deltalens.subnetwork.compact import CompactOptimizer
 from deltalens.subnetwork.coordinates import CompactTensor, Restriction
+from deltalens.subnetwork.distributed import local_tensor
 
 __all__ = [
     "CompactAdamW",
@@ -42,7 +43,7 @@ class CompactAdamW(CompactOptimizer, torch.optim.AdamW):
         groups = {id(p): group for group in self.param_groups if _is_plain(group) for p in group["params"]}
         in_place, rest = [], []
         for tensor in moving:
-            group, weights = groups.get(id(tensor.values)), tensor.weights
+            group, weights = groups.get(id(tensor.values)), local_tensor(tensor.parameter)
             if group is None or tensor.kernels is None or weights.dtype != torch.float32:
                 rest.append(tensor)
                 continue
@@ -50,7 +51,8 @@ class CompactAdamW(CompactOptimizer, torch.optim.AdamW):
             if not state:
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(tensor.grad) for _ in range(2))
-            in_place.append((weights, tensor.places, tensor.flat_grad, state, group))
+            assert tensor.index is not None
+            in_place.append((weights, tensor.index, tensor.grad, state, group))
         if in_place:
             from deltalens.subnetwork.kernels import adamw
 
