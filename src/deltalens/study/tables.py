@@ -223,8 +223,8 @@ def _diagnostic(outcome: Outcome, one: Instance, key: str) -> str:
 
 # Measured as docs/trajectory.md says ("How to read locked_at").
 YARDSTICK = (
-    "Beside it: random parts of two final updates, which have no order of their own, pass 0.8 where they hold 50 to 60 % "
-    "of the coordinates."
+    "Beside it: random parts of two final updates, which have no order of their own, pass 0.8 where they hold "
+    "50 to 60 % of the coordinates."
 )
 
 
