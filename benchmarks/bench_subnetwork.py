@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from deltalens import CompactAdamW, SubnetworkMask
 from deltalens.subnetwork import select_mask
-from deltalens.subnetwork.kernels import gather, scatter
+from deltalens.subnetwork.kernels import gatherer, scatter
 
 DENSITIES = (0.175, 0.05, 0.01)
 BYTES_ASKED = {0.175: 0.30, 0.01: 0.05}
@@ -89,17 +89,17 @@ def floor_step(model: torch.nn.Module, optimizer: CompactAdamW, gradients: list[
     by_parameter = {id(tensor.parameter): tensor for tensor in optimizer.tensors}
     found = [by_parameter[id(p)] for p in model.parameters()]
     values = [tensor.weights[tensor.positions()] for tensor in found]
+    takers = [gatherer(tensor.index, tensor.grad, tensor.size) for tensor in found]
 
     def write() -> None:
         for tensor, value in zip(found, values, strict=True):
-            scatter(tensor.weights, tensor.places, value)
+            scatter(tensor.weights, tensor.index, value)
 
     def step() -> Times:
         total = np.zeros(2)
-        for tensor, gradient in zip(found, gradients, strict=True):
+        for take, gradient in zip(takers, gradients, strict=True):
             gradient.neg_()
-            flat = gradient.view(-1)
-            total += seconds(lambda: gather(flat, tensor.places, tensor.flat_grad, add=False))  # noqa: B023
+            total += seconds(lambda: take(gradient, False))  # noqa: B023
         return total + seconds(write)
 
     return step

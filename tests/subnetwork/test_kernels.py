@@ -38,17 +38,18 @@ def test_gather_and_scatter(size, density, dtype, seed):
     index = torch.from_numpy(positions(size, density, rng))
     dense = torch.from_numpy(rng.standard_normal(size, np.float32)).to(dtype)
     before = torch.from_numpy(rng.standard_normal(len(index), np.float32))
-    out, at = before.clone(), kernels.places(index)
-    kernels.gather(dense, at, out.numpy(), add=True)
+    out = before.clone()
+    gather = kernels.gatherer(index, out, size)
+    gather(dense, True)
     assert torch.equal(out, before + dense[index.long()].float())
-    kernels.gather(dense, at, out.numpy(), add=False)
+    gather(dense, False)
     assert torch.equal(out, dense[index.long()].float())
 
     for width in (dtype, torch.float64, torch.float16):
         target, wanted = dense.to(width), dense.to(width)
         version = target._version
         wanted[index.long()] = before.to(width)
-        kernels.scatter(target, at, before.to(width))
+        kernels.scatter(target, index, before.to(width))
         assert torch.equal(target, wanted)
         assert target._version > version
 

@@ -125,8 +125,9 @@ class CompactOptimizer(torch.optim.Optimizer):
     def _collect(self, tensor: CompactTensor, parameter: Tensor) -> None:
         if self._reduced:
             raise ConfigError("a gradient came after the ranks' were averaged; clip after the last backward of a step")
-        assert parameter.grad is not None
-        gradient, parameter.grad = local_tensor(parameter.grad), None
+        whole, parameter.grad = parameter.grad, None
+        assert whole is not None
+        gradient = local_tensor(whole)
         if not self._buffers or tensor.grad.device != gradient.device:
             self._allocate()
         tensor.collect(gradient)

@@ -94,7 +94,6 @@ class CompactTensor:
         grad: the accumulated gradient, of the same shape: a view into a buffer, set by `hold`.
         filled: whether there is a gradient since the last step.
         kernels: `deltalens.subnetwork.kernels` where it serves this: part of a tensor on the CPU. Known once placed.
-        places, flat_grad: `index` and `grad` as the kernels take them.
     """
 
     def __init__(self, found: Found, restriction: Restriction) -> None:
@@ -122,7 +121,7 @@ class CompactTensor:
         self.grad = self.nothing(weights.device)
         self.filled = False
         self.kernels: Any = None
-        self.places = self.flat_grad = np.empty(0)
+        self._gather: Callable[[Tensor, bool], None] | None = None
         self._version = -1  # torch's count of writes to the weights, after this one's own
 
     def nothing(self, device: torch.device) -> Tensor:
@@ -147,20 +146,22 @@ class CompactTensor:
         if self.index is not None and self.index.dtype == torch.int32 and device.type == "cpu":
             from deltalens.subnetwork import kernels
 
-            self.kernels, self.places = kernels, kernels.places(self.index)
+            self.kernels = kernels
 
     def hold(self, grad: Tensor) -> None:
         """Accumulate into this buffer (count,) from here on."""
         self.grad, self.filled = grad.view(self.compact_shape), False
-        if self.kernels is not None:
-            self.flat_grad = grad.numpy()
+        self._gather = None
+        if self.kernels is not None and self.dtype == torch.float32:
+            assert self.index is not None
+            self._gather = self.kernels.gatherer(self.index, self.grad, self.size)
 
     def collect(self, gradient: Tensor) -> None:
         """Add the trained entries of a dense gradient (of this rank's part)."""
         if self.basis is not None:
             gradient = (gradient.to(torch.float32) @ self.basis) @ self.basis.T
-        if self.kernels is not None and gradient.dtype in _GATHERED:
-            self.kernels.gather(gradient, self.places, self.flat_grad, add=self.filled)
+        if self._gather is not None and gradient.dtype in _GATHERED:
+            self._gather(gradient, self.filled)
         else:
             flat, into = gradient.reshape(-1), self.grad.view(-1)
             if self.index is not None and not self.filled and flat.dtype == self.dtype:
@@ -194,7 +195,7 @@ class CompactTensor:
         else:
             new = new.to(flat.dtype)
             if self.kernels is not None:
-                self.kernels.scatter(flat, self.places, new)
+                self.kernels.scatter(flat, self.index, new)
             else:
                 bits = _INTEGERS[flat.element_size()]  # faster than bfloat16's own
                 flat.view(bits).scatter_(0, self.index.long(), new.view(bits))

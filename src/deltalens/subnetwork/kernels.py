@@ -6,6 +6,7 @@ Imported when the first tensor on the CPU is trained with a mask. Accelerators k
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import sqrt
@@ -13,23 +14,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from deltalens.metrics.values import KERNEL, SINGLES, WORDS, widen_word
+from deltalens.metrics.values import KERNEL, SINGLES, widen_word
 
-__all__ = ["adamw", "gather", "places", "scatter"]
+__all__ = ["adamw", "gatherer", "scatter"]
 
 PIECE = 1 << 18  # positions that a thread takes at once
 ROWS = 8  # tensors, or pieces, that a thread takes at once of many
-BLOCK, SPARSE_BLOCK = 128, 64  # positions between gathering and writing back: their cache lines are still near
-# Entries to a position, from where the processor no longer guesses what to fetch next: when only reading, and when
-# writing back too.
-SPARSE_READ, SPARSE = 4, 10
-AHEAD = 2 * BLOCK  # positions from those that are read to those that are fetched
+BLOCK = 32  # positions between gathering and writing back: their cache lines are still near
+STREAM_BLOCK = 64  # positions between reading in order and gathering
+# Entries to a position at which all entries are read in order before the positions: the processor fetches lines in
+# order ahead of time, and waits for those that are jumped to. With fewer to a position it does so by itself where
+# they are written back too; with more, too many lines are fetched that hold none.
+STREAMED = 8, 50
+CACHED = 1 << 22  # elements of a gradient up to which it is in a cache when it comes, where jumps cost little
 
 # No check before a division, and (by unsigned positions, and by slices) none whether an index counts from the end:
 # either would keep the arithmetic from becoming vector instructions.
@@ -39,22 +41,6 @@ _INTO = types.float32[::1]
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 Call = tuple[Any, ...]  # a kernel and its arguments
-
-
-@intrinsic
-def _prefetch(typing: Any, array: Any, i: Any) -> Any:
-    """Have the processor fetch array[i], to write it, while it does other things."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), cgutils.voidptr_t)
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
-        call = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
-        builder.call(call, [pointer, number(1), number(3), number(1)])  # to write, into the nearest cache, data
-        return context.get_dummy_value()
-
-    return types.void(array, types.uint64), generate
 
 
 @intrinsic
@@ -68,31 +54,55 @@ def _pointer(typing: Any, address: Any) -> Any:
 
 
 @njit(inline="always", **{**FAST, "cache": False})
-def _fetch(dense, index, start, count):  # type: ignore[no-untyped-def]
-    coming = index[start : start + count]
-    for i in range(coming.size):
-        _prefetch(dense, coming[i])  # type: ignore[call-arg]
+def _stream(words, start, stop):  # type: ignore[no-untyped-def]
+    """Reads every word from `start` to `stop`; returns a number that depends on all, so that none is left out."""
+    seen = np.uint32(0)
+    part = words[start:stop]
+    for i in range(part.size):
+        seen |= part[i]
+    return seen
 
 
-@njit([types.void(SINGLES, _INDEX, _INTO, types.boolean, types.boolean)], **FAST)
-def _gather_singles(dense, index, out, add, sparse):  # type: ignore[no-untyped-def]
-    for start in range(0, index.size, BLOCK):
-        if sparse:
-            _fetch(dense, index, start + AHEAD, BLOCK)
-        places, into = index[start : start + BLOCK], out[start : start + BLOCK]
+_GATHER = [types.uint32(*[types.uint64] * 5, types.boolean, types.boolean)]
+
+
+@njit(_GATHER, **FAST)
+def _gather_singles(dense, at, out, count, size, stream, add):  # type: ignore[no-untyped-def]
+    """Addresses of entries, positions and where they go to; how many positions, and how many entries."""
+    entries = carray(_pointer(dense), size, np.float32)  # type: ignore[call-arg]
+    index = carray(_pointer(at), count, np.uint32)
+    result = carray(_pointer(out), count, np.float32)
+    words = entries.view(np.uint32)
+    seen, done = np.uint32(0), np.uint64(index[0])
+    block = STREAM_BLOCK if stream else index.size
+    for start in range(0, index.size, block):
+        places, into = index[start : start + block], result[start : start + block]
+        if stream:
+            last = np.uint64(places[places.size - 1])
+            seen |= _stream(words, done, last)
+            done = last
         for i in range(places.size):
-            into[i] = into[i] + dense[places[i]] if add else dense[places[i]]
+            into[i] = into[i] + entries[places[i]] if add else entries[places[i]]
+    return seen
 
 
-@njit([types.void(WORDS, _INDEX, _INTO, types.boolean, types.boolean)], **FAST)
-def _gather_words(dense, index, out, add, sparse):  # type: ignore[no-untyped-def]
-    for start in range(0, index.size, BLOCK):
-        if sparse:
-            _fetch(dense, index, start + AHEAD, BLOCK)
-        places, into = index[start : start + BLOCK], out[start : start + BLOCK]
+@njit(_GATHER, **FAST)
+def _gather_words(dense, at, out, count, size, stream, add):  # type: ignore[no-untyped-def]
+    words = carray(_pointer(dense), size, np.uint16)  # type: ignore[call-arg]
+    index = carray(_pointer(at), count, np.uint32)
+    result = carray(_pointer(out), count, np.float32)
+    seen, done = np.uint32(0), np.uint64(index[0])
+    block = STREAM_BLOCK if stream else index.size
+    for start in range(0, index.size, block):
+        places, into = index[start : start + block], result[start : start + block]
+        if stream:
+            last = np.uint64(places[places.size - 1])
+            seen |= _stream(words, done, last)
+            done = last
         for i in range(places.size):
-            value = widen_word(dense[places[i]])
+            value = widen_word(words[places[i]])
             into[i] = into[i] + value if add else value
+    return seen
 
 
 @njit([types.void(t[::1], _INDEX, t[::1]) for t in (types.uint16, types.uint32, types.uint64)], **FAST)
@@ -101,16 +111,19 @@ def _scatter(dense, index, values):  # type: ignore[no-untyped-def]
         dense[index[i]] = values[i]
 
 
-@njit([types.void(_INTO, _INDEX, SINGLES, _INTO, _INTO, *[types.float32] * 7, types.boolean)], **FAST)
-def _adamw(weights, index, grads, firsts, seconds, keep, rate1, beta2, rate2, size, root, eps, sparse):  # type: ignore[no-untyped-def]
-    block = SPARSE_BLOCK if sparse else BLOCK
-    new = np.empty(block, np.float32)
-    for start in range(0, index.size, block):
-        places, g = index[start : start + block], grads[start : start + block]
-        m, v = firsts[start : start + block], seconds[start : start + block]
+@njit([types.uint32(_INTO, _INDEX, SINGLES, _INTO, _INTO, *[types.float32] * 7, types.boolean)], **FAST)
+def _adamw(weights, index, grads, firsts, seconds, keep, rate1, beta2, rate2, size, root, eps, stream):  # type: ignore[no-untyped-def]
+    new = np.empty(BLOCK, np.float32)
+    words = weights.view(np.uint32)
+    seen, done = np.uint32(0), np.uint64(index[0])
+    for start in range(0, index.size, BLOCK):
+        places, g = index[start : start + BLOCK], grads[start : start + BLOCK]
+        m, v = firsts[start : start + BLOCK], seconds[start : start + BLOCK]
         w = new[: places.size]
-        if sparse:
-            _fetch(weights, index, start + 2 * block, block)
+        if stream:
+            last = np.uint64(places[places.size - 1])
+            seen |= _stream(words, done, last)
+            done = last
         for i in range(places.size):
             w[i] = weights[places[i]]
         for i in range(places.size):
@@ -119,46 +132,74 @@ def _adamw(weights, index, grads, firsts, seconds, keep, rate1, beta2, rate2, si
             w[i] = w[i] * keep - size * m[i] / (np.sqrt(v[i]) * root + eps)
         for i in range(places.size):
             weights[places[i]] = w[i]
+    return seen
 
 
-@njit([types.void(types.uint64[:, ::1], types.Array(types.float32, 2, "C", readonly=True))], **FAST)
+@njit([types.uint32(types.uint64[:, ::1], types.Array(types.float32, 2, "C", readonly=True))], **FAST)
 def _adamw_all(rows, numbers):  # type: ignore[no-untyped-def]
     """`_adamw` for each row: addresses of weights, positions, gradient and both moments; how many positions and how
     many weights there are; and which of `numbers`."""
-    for weights, at, grad, first, second, count, size, kind in rows:
+    seen = np.uint32(0)
+    for weights, at, grad, first, second, count, size, stream, kind in rows:
         keep, rate1, beta2, rate2, length, root, eps = numbers[kind]
-        _adamw(
+        seen |= _adamw(
             carray(_pointer(weights), size, np.float32),  # type: ignore[call-arg]
             carray(_pointer(at), count, np.uint32),  # type: ignore[call-arg]
             carray(_pointer(grad), count, np.float32),  # type: ignore[call-arg]
             carray(_pointer(first), count, np.float32),  # type: ignore[call-arg]
             carray(_pointer(second), count, np.float32),  # type: ignore[call-arg]
-            keep, rate1, beta2, rate2, length, root, eps, SPARSE * count < size,
+            keep, rate1, beta2, rate2, length, root, eps, stream != 0,
         )  # fmt: skip
+    return seen
 
 
-def places(index: Tensor) -> np.ndarray:
-    """Positions (int32, on the CPU) as the loops take them, uint32; shares memory."""
-    return index.numpy().view(np.uint32)
+@njit([types.float32[::1](types.uint64[::1])], **FAST)
+def _count_up(addresses):  # type: ignore[no-untyped-def]
+    """Adds 1 to the float32 at each address; returns them."""
+    out = np.empty(addresses.size, np.float32)
+    for i in range(addresses.size):
+        step = carray(_pointer(addresses[i]), 1, np.float32)  # type: ignore[call-arg]
+        step[0] += np.float32(1)
+        out[i] = step[0]
+    return out
 
 
-def gather(dense: Tensor, at: np.ndarray, out: np.ndarray, *, add: bool) -> None:
-    """out ← dense[at], or out ← out + dense[at].
+def gatherer(index: Tensor, out: Tensor, size: int) -> Callable[[Tensor, bool], None]:
+    """A function of (dense, add) that does out ← dense[index], or out ← out + dense[index] with `add`.
 
     Args:
-        dense: float32 or bfloat16; positions count through it flattened.
-        at: from `places`, ascending.
-        out: float32, as long as `at`.
+        index: int32 (count,), ascending; it and `out` must outlive the function, which knows their addresses.
+        out: float32 (count,), contiguous.
+        size: elements of `dense`, which is float32 or bfloat16; positions count through it flattened.
     """
-    kernel = _gather_words if dense.dtype == torch.bfloat16 else _gather_singles
-    values = (_bits(dense) if dense.dtype == torch.bfloat16 else dense.numpy()).reshape(-1)
-    sparse = SPARSE_READ * at.size < values.size
-    run([(kernel, values, part, into, add, sparse) for part, into in _pieces(at, out)])
+    count = index.numel()
+    assert out.numel() == count
+    assert index.dtype == torch.int32
+    assert out.dtype == torch.float32
+    assert index.is_contiguous()
+    assert out.is_contiguous()
+    # Addresses, as to hand arrays to a loop takes longer than the loop over a small tensor.
+    at, into = index.data_ptr(), out.data_ptr()
+    stream = size > CACHED and size <= STREAMED[1] * count
+    pieces = [
+        (at + 4 * start, into + 4 * start, min(PIECE, count - start), size, stream) for start in range(0, count, PIECE)
+    ]
+
+    def gather(dense: Tensor, add: bool) -> None:
+        assert dense.numel() == size
+        dense = dense.contiguous()
+        first, kernel = dense.data_ptr(), _gather_words if dense.dtype == torch.bfloat16 else _gather_singles
+        if len(pieces) == 1:
+            kernel(first, *pieces[0], add)
+        else:
+            run([(kernel, first, *piece, add) for piece in pieces])
+
+    return gather
 
 
-def scatter(dense: Tensor, at: np.ndarray, values: Tensor) -> None:
-    """dense[at] ← values, as bits. Both flat and of one dtype; `at` from `places`, no position twice."""
-    into = _bits(dense)
+def scatter(dense: Tensor, index: Tensor, values: Tensor) -> None:
+    """dense[index] ← values, as bits. Both flat and of one dtype; `index` int32, no position twice."""
+    into, at = _bits(dense), index.numpy().view(np.uint32)
     run([(_scatter, into, places, part) for places, part in _pieces(at, _bits(values))])
     torch.autograd.graph.increment_version(dense)
 
@@ -166,35 +207,41 @@ def scatter(dense: Tensor, at: np.ndarray, values: Tensor) -> None:
 Update = tuple[Tensor, Tensor, Tensor, dict[str, Tensor], dict[str, Any]]
 
 
-def adamw(tensors: list[Update]) -> None:
+def adamw(tensors: Sequence[Update]) -> None:
     """One step of `torch.optim.AdamW` on weights[index], for each of (weights, index, grad, state, group).
 
     `weights`: float32, contiguous. `index`: int32 (count,), ascending, flat. `grad`: float32 (count,), contiguous.
     `state`: torch's `step`, `exp_avg` and `exp_avg_sq`. `group`: torch's `lr`, `betas`, `eps` and `weight_decay`.
     """
-    torch._foreach_add_([state["step"] for _, _, _, state, _ in tensors], 1)
+    steps = [state["step"] for _, _, _, state, _ in tensors]
+    assert all(step.dtype == torch.float32 for step in steps)
+    counts = _count_up(np.array([step.data_ptr() for step in steps], np.uint64)).tolist()
     # Addresses, and one call for many tensors: to hand each of its arrays to a loop takes as long as its loop.
     rows: list[tuple[int, ...]] = []
     kinds: dict[tuple[int, float], int] = {}
     numbers: list[tuple[float, ...]] = []
-    for weights, index, grad, state, group in tensors:
-        step = float(state["step"])
+    for (weights, index, grad, state, group), step in zip(tensors, counts, strict=True):
         kind = kinds.setdefault((id(group), step), len(numbers))
         if kind == len(numbers):
             (beta1, beta2), lr = group["betas"], float(group["lr"])
             keep, size, root = 1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 / sqrt(1 - beta2**step)
             numbers.append((keep, 1 - beta1, beta2, 1 - beta2, size, root, group["eps"]))
         count, total = index.numel(), weights.numel()
-        arrays = index, grad, state["exp_avg"], state["exp_avg_sq"]  # 4 bytes an entry
+        first_moment, second_moment = state["exp_avg"], state["exp_avg_sq"]
         # An address tells nothing of what lies there.
-        assert all(each.numel() == count and each.element_size() == 4 and each.is_contiguous() for each in arrays)
+        assert grad.numel() == first_moment.numel() == second_moment.numel() == count
+        assert index.element_size() == 4
+        assert grad.dtype == first_moment.dtype == second_moment.dtype == torch.float32
+        assert grad.is_contiguous() and first_moment.is_contiguous() and second_moment.is_contiguous()  # noqa: PT018
         assert weights.dtype == torch.float32
         assert weights.is_contiguous()
-        first, others = weights.data_ptr(), [each.data_ptr() for each in arrays]
-        for start in range(0, count, PIECE):
-            at = [address + 4 * start for address in others]
-            rows.append((first, *at, min(PIECE, count - start), total, kind))
-    table, constants = np.array(rows, np.uint64).reshape(-1, 8), np.array(numbers, np.float32)
+        first, at, into = weights.data_ptr(), index.data_ptr(), grad.data_ptr()
+        m, v = first_moment.data_ptr(), second_moment.data_ptr()
+        stream = STREAMED[0] * count <= total <= STREAMED[1] * count
+        for start in range(0, 4 * count, 4 * PIECE):  # in bytes
+            some = min(PIECE, count - start // 4)
+            rows.append((first, at + start, into + start, m + start, v + start, some, total, stream, kind))
+    table, constants = np.array(rows, np.uint64).reshape(-1, 9), np.array(numbers, np.float32)
     together = len(table) if torch.get_num_threads() == 1 else ROWS
     run([(_adamw_all, table[i : i + together], constants) for i in range(0, len(table), together)])
     torch.autograd.graph.increment_version([weights for weights, *_ in tensors])

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from deltalens.errors import ConfigError
 from deltalens.subnetwork.compact import CompactOptimizer
@@ -43,7 +44,10 @@ class CompactAdamW(CompactOptimizer, torch.optim.AdamW):
         groups = {id(p): group for group in self.param_groups if _is_plain(group) for p in group["params"]}
         in_place, rest = [], []
         for tensor in moving:
-            group, weights = groups.get(id(tensor.values)), local_tensor(tensor.parameter)
+            group = groups.get(id(tensor.values))
+            weights: Tensor = tensor.parameter
+            if isinstance(weights, DTensor):
+                weights = local_tensor(weights)
             if group is None or tensor.kernels is None or weights.dtype != torch.float32:
                 rest.append(tensor)
                 continue
