@@ -22,7 +22,7 @@ from deltalens.analysis.spectral import SpectralColumns
 from deltalens.checkpoint.base import Checkpoint
 from deltalens.checkpoint.pairing import TensorPair
 from deltalens.metrics.alignment import DeltaPass, delta_pass, delta_pass_and_gram
-from deltalens.metrics.blocks import block_slices, delta_blocks
+from deltalens.metrics.blocks import block_slices, delta_blocks, value_blocks
 from deltalens.metrics.coordinates import Coordinates
 from deltalens.metrics.lapack import all_values_few_vectors
 from deltalens.metrics.masks import pack_updates
@@ -31,7 +31,7 @@ from deltalens.metrics.random_values import subspace_similarity_random
 from deltalens.metrics.randomised import RankEstimate
 from deltalens.metrics.rounding_null import RoundingNull, excess
 from deltalens.metrics.single_precision import long_vectors, single_delta_blocks
-from deltalens.metrics.spectrum import NEARLY_SQUARE, Blocks, Factorisation, factorise_update
+from deltalens.metrics.spectrum import NEARLY_SQUARE, Blocks, Factorisation, factorise, factorise_update
 from deltalens.metrics.trajectory import MaskHistory, overlap, product_subspaces, subspaces
 
 __all__ = ["follow"]
@@ -97,6 +97,10 @@ class _ExactColumns(_Keeping):
             else:
                 self._passed = after, blocks, *delta_pass_and_gram(blocks, self.width, self.source)
         return self._passed[1:]
+
+    def _factorise(self, values: np.ndarray) -> Factorisation:
+        blocks = _at_hand(partial(value_blocks, values), values.shape)
+        return factorise(blocks, self.length, self.width, self.k)
 
     def _delta_pass(self, after: np.ndarray) -> DeltaPass:
         return self._pass(after)[1]

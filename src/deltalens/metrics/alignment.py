@@ -11,7 +11,7 @@ from deltalens.metrics.spectrum import Blocks, Factorisation
 
 __all__ = ["DeltaPass", "delta_pass", "delta_pass_and_gram", "principal_sines", "projections", "spectral_shift"]
 
-SINE_ROWS = 512  # of two bases at a time: their residual stays in the cache
+SINE_ROWS = 4096  # of two bases at a time, so that their residual is no second basis of a vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +31,37 @@ class DeltaPass:
 
 def delta_pass(blocks: Blocks, width: int, source: Factorisation) -> DeltaPass:
     """One pass over Δ's blocks (longer side as rows)."""
-    k = source.long.shape[1]
-    on_long = np.zeros((k, width))
-    core = np.zeros((k, k))
-    short_energy = np.zeros(k)
+    on_long, core, short_energy = _Sum(), _Sum(), _Sum()
     for part, block in blocks():
         image = block @ source.short
-        short_energy += np.einsum("bk,bk->k", image, image)
+        short_energy.add(np.einsum("bk,bk->k", image, image))
         basis = source.long[part]
-        on_long += basis.T @ block
-        core += basis.T @ image
-    return DeltaPass(np.einsum("kd,kd->k", on_long, on_long), short_energy, core)
+        on_long.add(basis.T @ block)
+        core.add(basis.T @ image)
+    return DeltaPass(np.einsum("kd,kd->k", on_long.total, on_long.total), short_energy.total, core.total)
 
 
 def delta_pass_and_gram(blocks: Blocks, width: int, source: Factorisation) -> tuple[DeltaPass, np.ndarray]:
     """`delta_pass` and Δ's Gram matrix (d, d), which spares one of its two products: ‖Δv‖² = vᵀ(ΔᵀΔ)v."""
-    on_long = np.zeros((source.long.shape[1], width))
-    total = np.zeros((width, width))
+    on_long, products = _Sum(), _Sum()
     for part, block in blocks():
-        total += block.T @ block
-        on_long += source.long[part].T @ block
-    short_energy = np.einsum("kd,dk->k", source.short.T @ total, source.short)
-    return DeltaPass(np.einsum("kd,kd->k", on_long, on_long), short_energy, on_long @ source.short), total
+        products.add(block.T @ block)
+        on_long.add(source.long[part].T @ block)
+    short_energy = np.einsum("kd,dk->k", source.short.T @ products.total, source.short)
+    long_energy = np.einsum("kd,kd->k", on_long.total, on_long.total)
+    return DeltaPass(long_energy, short_energy, on_long.total @ source.short), products.total
+
+
+class _Sum:
+    """Of arrays; mostly there is one, which then is neither copied nor added to zeros."""
+
+    total: np.ndarray
+
+    def add(self, term: np.ndarray) -> None:
+        if hasattr(self, "total"):
+            self.total += term
+        else:
+            self.total = term
 
 
 def projections(passed: DeltaPass, energy: float, k: int) -> tuple[float, float, float]:

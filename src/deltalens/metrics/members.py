@@ -189,13 +189,16 @@ class _Reconstruction:
         out = []
         for wanted, block in zip(entries, self._of(rows), strict=True):
             size = np.abs(block)
-            some = np.sort(size.reshape(-1)[::SAMPLED_EVERY])
+            some = size.reshape(-1)[::SAMPLED_EVERY].copy()
             share = wanted / (m * n)
-            guess = some[_place(some.size, share)]
+            place = _place(some.size, share)
+            some.partition(place)
+            guess = some[place]
             spread = float(np.std((size > guess).mean(axis=1))) / rows.size**0.5 + (share / some.size) ** 0.5
-            margin = 2 * self.error + 4 * TIE_TOLERANCE * float(some[-1])
-            low = float(some[_place(some.size, share + confidence * spread)]) - margin
-            high = float(some[_place(some.size, share - confidence * spread)]) + margin
+            ends = [_place(some.size, share + side * confidence * spread) for side in (1, -1)]
+            some.partition(ends)
+            margin = 2 * self.error + 4 * TIE_TOLERANCE * float(some[ends[1] :].max())
+            low, high = float(some[ends[0]]) - margin, float(some[ends[1]]) + margin
             out.append((max(low, 0.0) if share + confidence * spread < 1 else 0.0, high))
         return out
 
