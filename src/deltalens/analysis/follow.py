@@ -22,7 +22,7 @@ from deltalens.analysis.spectral import SpectralColumns
 from deltalens.checkpoint.base import Checkpoint
 from deltalens.checkpoint.pairing import TensorPair
 from deltalens.metrics.alignment import DeltaPass, delta_pass, delta_pass_and_gram
-from deltalens.metrics.blocks import block_slices, delta_blocks, value_blocks
+from deltalens.metrics.blocks import Blocks, at_hand, delta_blocks
 from deltalens.metrics.coordinates import Coordinates
 from deltalens.metrics.lapack import all_values_few_vectors
 from deltalens.metrics.masks import pack_updates
@@ -31,7 +31,7 @@ from deltalens.metrics.random_values import subspace_similarity_random
 from deltalens.metrics.randomised import RankEstimate
 from deltalens.metrics.rounding_null import RoundingNull, excess
 from deltalens.metrics.single_precision import long_vectors, single_delta_blocks
-from deltalens.metrics.spectrum import NEARLY_SQUARE, Blocks, Factorisation, factorise, factorise_update
+from deltalens.metrics.spectrum import NEARLY_SQUARE, Factorisation, factorise_update
 from deltalens.metrics.trajectory import MaskHistory, overlap, product_subspaces, subspaces
 
 __all__ = ["follow"]
@@ -91,16 +91,12 @@ class _ExactColumns(_Keeping):
 
     def _pass(self, after: np.ndarray) -> tuple[Blocks, DeltaPass, np.ndarray | None]:
         if self._passed is None or self._passed[0] is not after:
-            blocks = _at_hand(partial(delta_blocks, self.before, after), self.before.shape)
+            blocks = at_hand(partial(delta_blocks, self.before, after), self.before.shape)
             if self.length <= NEARLY_SQUARE * self.width:
                 self._passed = after, blocks, delta_pass(blocks, self.width, self.source), None
             else:
                 self._passed = after, blocks, *delta_pass_and_gram(blocks, self.width, self.source)
         return self._passed[1:]
-
-    def _factorise(self, values: np.ndarray) -> Factorisation:
-        blocks = _at_hand(partial(value_blocks, values), values.shape)
-        return factorise(blocks, self.length, self.width, self.k)
 
     def _delta_pass(self, after: np.ndarray) -> DeltaPass:
         return self._pass(after)[1]
@@ -109,14 +105,6 @@ class _ExactColumns(_Keeping):
         blocks, _, products = self._pass(after)
         k = min(SUBSPACE, self.width)
         return self._keep(after, factorise_update(blocks, self.length, self.width, k, products))
-
-
-def _at_hand(blocks: Blocks, shape: tuple[int, int]) -> Blocks:
-    """The same blocks, made once where they are one."""
-    if len(list(block_slices(shape))) > 1:
-        return blocks
-    only = list(blocks())
-    return lambda: only
 
 
 class _FastColumns(_Keeping, FastColumns):

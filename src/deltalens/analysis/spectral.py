@@ -14,7 +14,7 @@ from deltalens.analysis.null_draws import permutation_columns, simulated_null
 from deltalens.analysis.settings import KINDS, Settings, mask_shares, mask_suffix, ratio_suffix
 from deltalens.metrics import random_values
 from deltalens.metrics.alignment import DeltaPass, delta_pass, principal_sines, projections, spectral_shift
-from deltalens.metrics.blocks import delta_blocks, is_tall, value_blocks
+from deltalens.metrics.blocks import at_hand, delta_blocks, is_tall, value_blocks
 from deltalens.metrics.coordinates import Coordinates, low_magnitude_coverage, measure_coordinates
 from deltalens.metrics.masks import MaskSpec, MaskSums, pack_updates
 from deltalens.metrics.members import WORD_COUNT, PrincipalMembers
@@ -75,7 +75,8 @@ class SpectralColumns:
         self.source, self._members = other.source, other._members
 
     def _factorise(self, values: np.ndarray) -> Factorisation:
-        return factorise(partial(value_blocks, values), self.length, self.width, self.k)
+        blocks = at_hand(partial(value_blocks, values), values.shape)
+        return factorise(blocks, self.length, self.width, self.k)
 
     def _delta_pass(self, after: np.ndarray) -> DeltaPass:
         return delta_pass(partial(delta_blocks, self.before, after), self.width, self.source)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltalens.metrics.spectrum import Blocks, Factorisation
+from deltalens.metrics.blocks import Blocks
+from deltalens.metrics.spectrum import Factorisation
 
 __all__ = ["DeltaPass", "delta_pass", "delta_pass_and_gram", "principal_sines", "projections", "spectral_shift"]
 

@@ -7,13 +7,15 @@ and right. `long` and `short` name the two sides below; `Factorisation` and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from deltalens.metrics.values import delta_float64, to_float64
 
-__all__ = ["block_slices", "cut", "delta_blocks", "is_tall", "value_blocks"]
+__all__ = ["Blocks", "at_hand", "block_slices", "cut", "delta_blocks", "is_tall", "value_blocks"]
+
+Blocks = Callable[[], Iterable[tuple[slice, np.ndarray]]]
 
 BLOCK_ELEMENTS = 1 << 20  # 8 MB in float64: large enough for BLAS, small beside any tensor that needs blocks
 
@@ -34,6 +36,14 @@ def block_slices(shape: tuple[int, int]) -> Iterator[slice]:
 def cut(values: np.ndarray, part: slice) -> np.ndarray:
     """The part of a matrix (m, n) along its longer side, contiguous, in the matrix's own orientation."""
     return values[part] if is_tall(values.shape) else np.ascontiguousarray(values[:, part])
+
+
+def at_hand(blocks: Blocks, shape: tuple[int, int]) -> Blocks:
+    """The same blocks, made once where they are one."""
+    if len(list(block_slices(shape))) > 1:
+        return blocks
+    only = list(blocks())
+    return lambda: only
 
 
 def value_blocks(values: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:

@@ -15,8 +15,7 @@ from typing import Literal
 import numba
 import numpy as np
 
-from deltalens.metrics.blocks import delta_blocks, value_blocks
-from deltalens.metrics.spectrum import Blocks
+from deltalens.metrics.blocks import Blocks, delta_blocks, value_blocks
 from deltalens.metrics.values import delta_float64
 
 __all__ = ["Permuted", "permuted_updates", "shuffle_within_exponents", "source_exponents", "z_score"]

@@ -11,18 +11,17 @@ it is tall).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
 
+from deltalens.metrics.blocks import Blocks
 from deltalens.metrics.lapack import all_singular_values_few_vectors, all_values_few_vectors, leading_eigenvectors
 
 __all__ = [
     "NEARLY_SQUARE",
     "TOP_ENERGIES",
-    "Blocks",
     "Factorisation",
     "factorise",
     "factorise_update",
@@ -36,8 +35,6 @@ RANK_TOLERANCES = (1e-4, 1e-5, 1e-6)
 GRAM_VALUES_DOWN_TO = 1e-7  # λ_min/λ₁ below which singular values are recomputed directly
 GRAM_VECTORS_DOWN_TO = 1e-4  # λ_k/λ₁ below which singular vectors are recomputed directly
 NEARLY_SQUARE = 1.3  # longer/shorter side up to which the direct SVD of values costs no more than the Gram way
-
-Blocks = Callable[[], Iterable[tuple[slice, np.ndarray]]]
 
 
 @dataclass(frozen=True, slots=True)
