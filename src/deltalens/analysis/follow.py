@@ -24,7 +24,7 @@ from deltalens.checkpoint.pairing import TensorPair
 from deltalens.metrics.alignment import DeltaPass, delta_pass, delta_pass_and_gram
 from deltalens.metrics.blocks import Blocks, at_hand, delta_blocks
 from deltalens.metrics.coordinates import Coordinates
-from deltalens.metrics.lapack import all_values_few_vectors
+from deltalens.metrics.lapack import leading_eigenvectors
 from deltalens.metrics.masks import pack_updates
 from deltalens.metrics.overlap import SUBSPACE, Subspaces, subspace_similarity
 from deltalens.metrics.random_values import subspace_similarity_random
@@ -114,7 +114,7 @@ class _FastColumns(_Keeping, FastColumns):
             k = min(SUBSPACE, self.width)
             short = self.leading
             if short is None:
-                short = all_values_few_vectors(gram.astype(np.float64), k)[1].astype(np.float32)
+                short = leading_eigenvectors(gram.astype(np.float64), k)[1].astype(np.float32)
             short = np.ascontiguousarray(short[:, :k])
             blocks = partial(single_delta_blocks, self.before, self.after, scale)
             long = long_vectors(blocks, short, np.maximum(top[:k] * scale, 1e-30), self.length)

@@ -17,7 +17,7 @@ from math import ceil
 import numpy as np
 
 from deltalens.metrics.blocks import Blocks
-from deltalens.metrics.lapack import all_singular_values_few_vectors, all_values_few_vectors, leading_eigenvectors
+from deltalens.metrics.lapack import all_singular_values_few_vectors, leading_eigenvectors
 
 __all__ = [
     "NEARLY_SQUARE",
@@ -128,7 +128,7 @@ def factorise_update(
         smallest = values[k - 1] ** 2 / max(values[0] ** 2, 1e-300)
     else:
         products = gram(blocks, width) if products is None else products
-        eigenvalues, short = all_values_few_vectors(products, k)
+        eigenvalues, short = leading_eigenvectors(products, k)
         smallest = eigenvalues[k - 1] / max(eigenvalues[0], 1e-300)
         values = np.sqrt(np.maximum(eigenvalues, 0))
         if smallest >= GRAM_VECTORS_DOWN_TO and eigenvalues[-1] <= GRAM_VALUES_DOWN_TO * eigenvalues[0]:
