@@ -25,7 +25,7 @@ from deltalens.metrics.alignment import DeltaPass, delta_pass, delta_pass_and_gr
 from deltalens.metrics.blocks import Blocks, at_hand, delta_blocks
 from deltalens.metrics.coordinates import Coordinates
 from deltalens.metrics.lapack import leading_eigenvectors
-from deltalens.metrics.masks import pack_updates
+from deltalens.metrics.masks import count_bits, pack_updates
 from deltalens.metrics.overlap import SUBSPACE, Subspaces, subspace_similarity
 from deltalens.metrics.random_values import subspace_similarity_random
 from deltalens.metrics.randomised import RankEstimate
@@ -205,7 +205,7 @@ def _mask_columns(here: _Seen, end: _Seen, history: MaskHistory, size: int, *, s
     if end.mask is None:
         return row
     row["intersection_end_count"], row["union_end_count"] = overlap(here.mask, end.mask)
-    row["end_count"] = overlap(end.mask, end.mask)[0]
+    row["end_count"] = count_bits(end.mask)
     if same:
         return row | {"intersection_end_random": None, "intersection_end_null": None}
     row["intersection_end_random"] = here.density * end.density * size

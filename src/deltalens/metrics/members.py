@@ -40,7 +40,8 @@ class PrincipalMembers:
         inside: uint8[⌈mn/8⌉] each, bits as `numpy.packbits` sets them, rows of the source after one another.
         tied: int64 each, the places of entries tied at the threshold, which are not in `inside`.
         shares: the share of the tied entries that fits.
-        words: (masks, 32768) float64, the histogram of the source's words |w| in each mask.
+        words: int64, the words |w| of the source that any mask holds.
+        histograms: (masks, words) float64, how many entries of each word each mask holds.
     """
 
     def __init__(self, factors: Factorisation, before: np.ndarray, masks: Sequence[MaskSpec]) -> None:
@@ -65,8 +66,8 @@ class PrincipalMembers:
             if None not in edges:
                 break
         self.inside, self.tied, self.shares = [], [], []
-        self.words = np.zeros((len(masks), WORD_COUNT))
-        for one, edge, total in zip(passes, edges, self.words, strict=True):
+        histograms = np.zeros((len(masks), WORD_COUNT))
+        for one, edge, total in zip(passes, edges, histograms, strict=True):
             assert edge is not None, "looking at every entry finds the threshold"
             above, tied, share = edge
             _include(above, magnitude_words(flat[above]), one.inside, one.words)
@@ -75,6 +76,8 @@ class PrincipalMembers:
             self.shares.append(share)
             total += one.words
             np.add.at(total, magnitude_words(flat[tied]), share)
+        self.words = np.flatnonzero(histograms.any(axis=0))
+        self.histograms = histograms[:, self.words]
 
     def sums(self, updates: Sequence[np.ndarray], probabilities: Sequence[np.ndarray] = ()) -> list[MaskSums]:
         """For each mask how many of each packed update it holds, then Σ P(|w|) over it for each of `probabilities`.
@@ -83,7 +86,7 @@ class PrincipalMembers:
             updates: packed as `metrics.masks.pack_updates` does.
             probabilities: float64[32768] each, by word.
         """
-        expected = [self.words @ probability for probability in probabilities]
+        expected = [self.histograms @ probability[self.words] for probability in probabilities]
         out = []
         for i, (entries, inside, tied) in enumerate(zip(self.entries, self.inside, self.tied, strict=True)):
             counts = [
