@@ -17,8 +17,9 @@ from deltalens.subnetwork import kernels
 
 @pytest.fixture(autouse=True, scope="module")
 def many_pieces_and_threads():
-    """Pieces so short that a small tensor has several, on two threads."""
-    with mock.patch.object(kernels, "PIECE", 200), mock.patch.object(torch, "get_num_threads", return_value=2):
+    """Pieces so short that a small tensor has several, on two threads, and gradients read in order at any size."""
+    small = mock.patch.multiple(kernels, PIECE=200, CACHED=100)
+    with small, mock.patch.object(torch, "get_num_threads", return_value=2):
         yield
 
 
@@ -112,6 +113,36 @@ def test_adamw_equals_dense_torch(shape, density, dtype, decay, betas, size, see
         written = tensor.weights[tensor.positions()]
         assert torch.equal(written, ours.reshape(-1).to(dtype))
     assert off_mask_is_untouched(model, start, mask)
+
+
+def test_steps_of_other_tensors_and_of_weights_that_were_moved():
+    """What is kept of the last step's tensors is not used for others, nor for an address that they have left."""
+    rng = np.random.default_rng(4)
+    model = Two((30, 50), torch.float32, rng)
+    dense = {"drawn": rng.random((30, 50)) < 0.1, "always": np.arange(5) < 3}
+    mask = SubnetworkMask.from_dense(dense, rule="drawn", source_hash="0" * 64)
+    optimizer = CompactAdamW(model, mask, lr=1e-2)
+    masters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
+    twin = torch.optim.AdamW(masters, lr=1e-2)
+    bits = [torch.from_numpy(dense[name]) for name in ("drawn", "always")]
+    left = []
+    for i in range(8):
+        gradients = [torch.from_numpy(rng.standard_normal(p.shape, np.float32)) for p in masters]
+        alone = i in (2, 3, 6)
+        (gradients[0] * model.drawn).sum().backward() if alone else push(model, gradients)
+        if i in (4, 6):
+            left.append((model.drawn.data, model.drawn.detach().clone()))
+            model.drawn.data = model.drawn.detach().clone()
+        optimizer.step()
+        kept = masters[1].detach().clone()
+        state = copy.deepcopy(twin.state.get(masters[1]))
+        dense_step(masters, twin, bits, gradients)
+        if alone:
+            masters[1].data = kept
+            twin.state[masters[1]] = state
+    for parameter, master in zip(model.parameters(), masters, strict=True):
+        torch.testing.assert_close(parameter, master, rtol=0, atol=1e-6)
+    assert all(torch.equal(old, then) for old, then in left)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import chain
 from math import sqrt
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from deltalens.metrics.values import KERNEL, SINGLES, widen_word
 
-__all__ = ["adamw", "gatherer", "scatter"]
+__all__ = ["AdamW", "gatherer", "scatter"]
 
 PIECE = 1 << 18  # positions that a thread takes at once
 ROWS = 8  # tensors, or pieces, that a thread takes at once of many
@@ -207,44 +209,67 @@ def scatter(dense: Tensor, index: Tensor, values: Tensor) -> None:
 Update = tuple[Tensor, Tensor, Tensor, dict[str, Tensor], dict[str, Any]]
 
 
-def adamw(tensors: Sequence[Update]) -> None:
-    """One step of `torch.optim.AdamW` on weights[index], for each of (weights, index, grad, state, group).
+class AdamW:
+    """`torch.optim.AdamW` on weights[index] of several tensors, step by step.
 
-    `weights`: float32, contiguous. `index`: int32 (count,), ascending, flat. `grad`: float32 (count,), contiguous.
-    `state`: torch's `step`, `exp_avg` and `exp_avg_sq`. `group`: torch's `lr`, `betas`, `eps` and `weight_decay`.
+    Their addresses are kept: to look at each tensor in each step takes longer than the loop over a small one.
     """
-    steps = [state["step"] for _, _, _, state, _ in tensors]
-    assert all(step.dtype == torch.float32 for step in steps)
-    counts = _count_up(np.array([step.data_ptr() for step in steps], np.uint64)).tolist()
-    # Addresses, and one call for many tensors: to hand each of its arrays to a loop takes as long as its loop.
-    rows: list[tuple[int, ...]] = []
-    kinds: dict[tuple[int, float], int] = {}
-    numbers: list[tuple[float, ...]] = []
-    for (weights, index, grad, state, group), step in zip(tensors, counts, strict=True):
-        kind = kinds.setdefault((id(group), step), len(numbers))
-        if kind == len(numbers):
-            (beta1, beta2), lr = group["betas"], float(group["lr"])
-            keep, size, root = 1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 / sqrt(1 - beta2**step)
-            numbers.append((keep, 1 - beta1, beta2, 1 - beta2, size, root, group["eps"]))
-        count, total = index.numel(), weights.numel()
-        first_moment, second_moment = state["exp_avg"], state["exp_avg_sq"]
-        # An address tells nothing of what lies there.
-        assert grad.numel() == first_moment.numel() == second_moment.numel() == count
-        assert index.element_size() == 4
-        assert grad.dtype == first_moment.dtype == second_moment.dtype == torch.float32
-        assert grad.is_contiguous() and first_moment.is_contiguous() and second_moment.is_contiguous()  # noqa: PT018
-        assert weights.dtype == torch.float32
-        assert weights.is_contiguous()
-        first, at, into = weights.data_ptr(), index.data_ptr(), grad.data_ptr()
-        m, v = first_moment.data_ptr(), second_moment.data_ptr()
-        stream = STREAMED[0] * count <= total <= STREAMED[1] * count
-        for start in range(0, 4 * count, 4 * PIECE):  # in bytes
-            some = min(PIECE, count - start // 4)
-            rows.append((first, at + start, into + start, m + start, v + start, some, total, stream, kind))
-    table, constants = np.array(rows, np.uint64).reshape(-1, 9), np.array(numbers, np.float32)
-    together = len(table) if torch.get_num_threads() == 1 else ROWS
-    run([(_adamw_all, table[i : i + together], constants) for i in range(0, len(table), together)])
-    torch.autograd.graph.increment_version([weights for weights, *_ in tensors])
+
+    def __init__(self, tensors: Sequence[Update]) -> None:
+        """
+        Args:
+            tensors: (weights, index, grad, state, group) each. `weights`: float32, contiguous. `index`: int32 (count,),
+                ascending, flat. `grad`: float32 (count,), contiguous. `state`: torch's `step`, `exp_avg` and
+                `exp_avg_sq`. `group`: torch's `lr`, `betas`, `eps` and `weight_decay`.
+        """
+        self.tensors = list(tensors)
+        self._parts = list(chain.from_iterable(tensors))
+        rows: list[tuple[int, ...]] = []
+        for i, (weights, index, grad, state, _) in enumerate(self.tensors):
+            count, total = index.numel(), weights.numel()
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            # An address tells nothing of what lies there.
+            assert all(each.numel() == count and each.dtype == torch.float32 for each in (grad, *moments))
+            assert all(each.is_contiguous() for each in (index, grad, *moments))
+            assert index.dtype == torch.int32
+            assert state["step"].dtype == torch.float32
+            stream = STREAMED[0] * count <= total <= STREAMED[1] * count
+            arrays = [each.data_ptr() for each in (index, grad, *moments)]
+            for start in range(0, count, PIECE):
+                at = [address + 4 * start for address in arrays]
+                rows.append((0, *at, min(PIECE, count - start), total, stream, i))
+        self._table = np.array(rows, np.uint64).reshape(-1, 9)
+        self._owner = self._table[:, -1].astype(np.int64)  # of each row
+        self._steps = np.array([state["step"].data_ptr() for _, _, _, state, _ in self.tensors], np.uint64)
+
+    def serves(self, tensors: Sequence[Update]) -> bool:
+        """Whether these are the very tensors that this was made for."""
+        parts = list(chain.from_iterable(tensors))
+        return len(parts) == len(self._parts) and all(map(is_, parts, self._parts))
+
+    def step(self) -> None:
+        """Update the weights and the state."""
+        all_weights = [weights for weights, *_ in self.tensors]
+        assert all(weights.dtype == torch.float32 and weights.is_contiguous() for weights in all_weights)
+        sizes = np.array([weights.numel() for weights in all_weights], np.uint64)
+        assert (sizes[self._owner] == self._table[:, 6]).all()
+        counts = _count_up(self._steps).tolist()
+        kinds: dict[tuple[int, float], int] = {}
+        numbers: list[tuple[float, ...]] = []
+        kind_of = []
+        for (*_, group), step in zip(self.tensors, counts, strict=True):
+            kind = kinds.setdefault((id(group), step), len(numbers))
+            if kind == len(numbers):
+                (beta1, beta2), lr = group["betas"], float(group["lr"])
+                keep, size, root = 1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 / sqrt(1 - beta2**step)
+                numbers.append((keep, 1 - beta1, beta2, 1 - beta2, size, root, group["eps"]))
+            kind_of.append(kind)
+        table, constants = self._table, np.array(numbers, np.float32)
+        table[:, 0] = np.array([weights.data_ptr() for weights in all_weights], np.uint64)[self._owner]
+        table[:, -1] = np.array(kind_of, np.uint64)[self._owner]
+        together = len(table) if torch.get_num_threads() == 1 else ROWS
+        run([(_adamw_all, table[i : i + together], constants) for i in range(0, len(table), together)])
+        torch.autograd.graph.increment_version(all_weights)
 
 
 def run(queue: list[Call]) -> None:

@@ -8,7 +8,7 @@ added to the gradient in SGD and RMSprop, as in torch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from deltalens.errors import ConfigError
 from deltalens.subnetwork.compact import CompactOptimizer
 from deltalens.subnetwork.coordinates import CompactTensor, Restriction
 from deltalens.subnetwork.distributed import local_tensor
+
+if TYPE_CHECKING:
+    from deltalens.subnetwork.kernels import AdamW
 
 __all__ = [
     "CompactAdamW",
@@ -39,6 +42,7 @@ class CompactAdamW(CompactOptimizer, torch.optim.AdamW):
 
     def __init__(self, model: nn.Module, mask: Restriction, **settings: Any) -> None:
         super().__init__(model, mask, **_fused(settings))
+        self._in_place: AdamW | None = None  # of the tensors of the last step
 
     def _update(self, moving: list[CompactTensor]) -> None:
         groups = {id(p): group for group in self.param_groups if _is_plain(group) for p in group["params"]}
@@ -58,9 +62,11 @@ class CompactAdamW(CompactOptimizer, torch.optim.AdamW):
             assert tensor.index is not None
             in_place.append((weights, tensor.index, tensor.grad, state, group))
         if in_place:
-            from deltalens.subnetwork.kernels import adamw
+            if self._in_place is None or not self._in_place.serves(in_place):
+                from deltalens.subnetwork.kernels import AdamW
 
-            adamw(in_place)
+                self._in_place = AdamW(in_place)
+            self._in_place.step()
         if rest:
             super()._update(rest)
 
