@@ -70,15 +70,11 @@ def compact_step(model: torch.nn.Module, optimizer: CompactAdamW, gradients: lis
     by_parameter = {id(tensor.parameter): tensor for tensor in optimizer.tensors}
     pairs = [(by_parameter[id(p)], p, g) for p, g in zip(model.parameters(), gradients, strict=True)]
 
-    def collect(tensor: object, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-        parameter.grad = gradient
-        optimizer._collect(tensor, parameter)
-
     def step() -> Times:
         total = np.zeros(2)
         for tensor, parameter, gradient in pairs:
-            gradient.neg_()
-            total += seconds(lambda: collect(tensor, parameter, gradient))  # noqa: B023
+            parameter.grad = gradient.neg_()
+            total += seconds(lambda: optimizer._collect(tensor, parameter))  # noqa: B023
         return total + seconds(optimizer.step)
 
     return step
