@@ -28,7 +28,7 @@ def test_projections_against_lapack(family, block_elements, monkeypatch):
         u, s, v = lapack_svd(source)
         ranks = sorted({1, *(max(1, int(r * d)) for r in (0.05, 0.1, 0.2, 0.5)), *({8, 16} if d > 16 else ())})
         factors = factorise(partial(value_blocks, source), max(m, n), d, ranks[-1])
-        passed = delta_pass(partial(delta_blocks, source, trained), d, factors)
+        passed = delta_pass(partial(delta_blocks, source, trained), factors)
         energy = float((delta**2).sum())
         for k in ranks:
             if not has_gap(s, k):

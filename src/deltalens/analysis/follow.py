@@ -93,9 +93,9 @@ class _ExactColumns(_Keeping):
         if self._passed is None or self._passed[0] is not after:
             blocks = at_hand(partial(delta_blocks, self.before, after), self.before.shape)
             if self.length <= NEARLY_SQUARE * self.width:
-                self._passed = after, blocks, delta_pass(blocks, self.width, self.source), None
+                self._passed = after, blocks, delta_pass(blocks, self.source), None
             else:
-                self._passed = after, blocks, *delta_pass_and_gram(blocks, self.width, self.source)
+                self._passed = after, blocks, *delta_pass_and_gram(blocks, self.source)
         return self._passed[1:]
 
     def _delta_pass(self, after: np.ndarray) -> DeltaPass:

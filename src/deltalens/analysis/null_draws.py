@@ -92,7 +92,7 @@ def permutation_columns(
     rotated = seen.get(f"rotation_{suffixes[0]}") is not None
     found: dict[str, list[float]] = {}
     for copy in permuted_updates(before, after, settings.permutation, settings.permutations, settings.seed):
-        passed = delta_pass(copy.delta, min(before.shape), source)
+        passed = delta_pass(copy.delta, source)
         for rank, suffix in zip(ranks, suffixes, strict=True):
             joint, long, short = projections(passed, energy, rank)
             left, right = (long, short) if tall else (short, long)

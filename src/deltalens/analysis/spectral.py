@@ -79,7 +79,7 @@ class SpectralColumns:
         return factorise(blocks, self.length, self.width, self.k)
 
     def _delta_pass(self, after: np.ndarray) -> DeltaPass:
-        return delta_pass(partial(delta_blocks, self.before, after), self.width, self.source)
+        return delta_pass(partial(delta_blocks, self.before, after), self.source)
 
     def _delta_values(self, after: np.ndarray) -> np.ndarray:
         return singular_values(partial(delta_blocks, self.before, after), self.length, self.width)

@@ -30,7 +30,7 @@ class DeltaPass:
     core: np.ndarray
 
 
-def delta_pass(blocks: Blocks, width: int, source: Factorisation) -> DeltaPass:
+def delta_pass(blocks: Blocks, source: Factorisation) -> DeltaPass:
     """One pass over Δ's blocks (longer side as rows)."""
     on_long, core, short_energy = _Sum(), _Sum(), _Sum()
     for part, block in blocks():
@@ -42,7 +42,7 @@ def delta_pass(blocks: Blocks, width: int, source: Factorisation) -> DeltaPass:
     return DeltaPass(np.einsum("kd,kd->k", on_long.total, on_long.total), short_energy.total, core.total)
 
 
-def delta_pass_and_gram(blocks: Blocks, width: int, source: Factorisation) -> tuple[DeltaPass, np.ndarray]:
+def delta_pass_and_gram(blocks: Blocks, source: Factorisation) -> tuple[DeltaPass, np.ndarray]:
     """`delta_pass` and Δ's Gram matrix (d, d), which spares one of its two products: ‖Δv‖² = vᵀ(ΔᵀΔ)v."""
     on_long, products = _Sum(), _Sum()
     for part, block in blocks():
