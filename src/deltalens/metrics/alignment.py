@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,8 @@ from deltalens.metrics.spectrum import Factorisation
 
 __all__ = ["DeltaPass", "delta_pass", "delta_pass_and_gram", "principal_sines", "projections", "spectral_shift"]
 
-SINE_ROWS = 4096  # of two bases at a time, so that their residual is no second basis of a vocabulary
+SINE_ROWS = 768  # of two bases at a time: their difference stays in the cache, whatever the size of a vocabulary
+CANCELLED = 1e-5  # share of ‖D‖² outside U below which a difference of Gram matrices would cost digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +81,38 @@ def principal_sines(before: np.ndarray, after: np.ndarray, ranks: Sequence[int])
         ranks: the values of k, each at most K.
 
     The sines are the singular values of (I − UUᵀ)U₊, not √(1 − cos²), which cancels for near-identical subspaces
-    ([G] computes them in float64 for that reason). The residual against all K columns is formed once; for k < K
-    the columns k … K of U are put back, so that only K × K matrices are left.
+    ([G] computes them in float64 for that reason). (I − UUᵀ)U₊ is (I − UUᵀ)D of the difference D = U₊ ∓ U, column by
+    column with the nearer sign. D is small already, so that its Gram matrix less that of UᵀD loses nothing, for two
+    products in place of three. Where D lies in U's span all but entirely (an update that turns close singular vectors
+    into each other and nothing else), the residual is formed itself. Taken against all K columns, once; for k < K the
+    columns k … K of U are put back, so that only K × K matrices are left.
     """
-    overlap = before.T @ after
-    outside_gram = np.zeros(overlap.shape)
-    for start in range(0, before.shape[0], SINE_ROWS):
-        part = slice(start, start + SINE_ROWS)
-        outside = before[part] @ overlap
-        np.subtract(after[part], outside, out=outside)
-        outside_gram += outside.T @ outside
+    signs = np.where(np.einsum("nk,nk->k", before, after) < 0, -1.0, 1.0)
+    inside, energy = np.zeros((signs.size, signs.size)), np.zeros((signs.size, signs.size))
+    buffer = np.empty((min(SINE_ROWS, before.shape[0]), signs.size))  # fresh memory costs more than what is done in it
+    for part in _rows(before):
+        difference = buffer[: before[part].shape[0]]
+        np.multiply(before[part], signs, out=difference)
+        np.subtract(after[part], difference, out=difference)
+        inside += before[part].T @ difference
+        energy += difference.T @ difference
+    overlap = inside + np.diag(signs)
+    outside_gram = energy - inside.T @ inside
+    if np.trace(outside_gram) < CANCELLED * np.trace(energy):
+        outside_gram[:] = 0
+        for part in _rows(before):
+            outside = after[part] - before[part] @ overlap
+            outside_gram += outside.T @ outside
     means = []
     for k in ranks:
         put_back = overlap[k:, :k]
         gram = outside_gram[:k, :k] + put_back.T @ put_back
         means.append(float(np.sqrt(np.clip(np.linalg.eigvalsh(gram), 0, 1)).mean()))
     return means
+
+
+def _rows(basis: np.ndarray) -> Iterator[slice]:
+    return (slice(start, start + SINE_ROWS) for start in range(0, basis.shape[0], SINE_ROWS))
 
 
 def spectral_shift(before: np.ndarray, after: np.ndarray) -> float | None:

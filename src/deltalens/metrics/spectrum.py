@@ -1,7 +1,7 @@
 """Singular values and factorisations in float64, from the smaller Gram matrix where it is accurate enough.
 
-NumPy's `eigvalsh` and `svd` are used rather than SciPy's: they release the interpreter lock, so that two tensors are
-factorised at once (checked with NumPy 2.4, SciPy 1.17).
+NumPy's `svd` is used rather than SciPy's: it releases the interpreter lock, so that two tensors are factorised at once
+(checked with NumPy 2.4, SciPy 1.17).
 
 A Gram matrix squares the condition: an eigenvalue λ carries an absolute error of some ε·λ₁, so a σ below √ε·σ₁ is
 noise. Values are taken from it only while σ_min > 3e-4·σ₁ (relative error of σ then under 1e-8); otherwise, and
@@ -17,7 +17,7 @@ from math import ceil
 import numpy as np
 
 from deltalens.metrics.blocks import Blocks
-from deltalens.metrics.lapack import all_singular_values_few_vectors, leading_eigenvectors
+from deltalens.metrics.lapack import all_eigenvalues, all_singular_values_few_vectors, leading_eigenvectors
 
 __all__ = [
     "NEARLY_SQUARE",
@@ -70,7 +70,7 @@ def singular_values(blocks: Blocks, length: int, width: int) -> np.ndarray:
     """
     if length <= NEARLY_SQUARE * width:
         return np.linalg.svd(_reduced(blocks, width), compute_uv=False)
-    eigenvalues = np.linalg.eigvalsh(gram(blocks, width))[::-1]
+    eigenvalues = all_eigenvalues(gram(blocks, width))
     if eigenvalues[-1] > GRAM_VALUES_DOWN_TO * eigenvalues[0] or eigenvalues[0] == 0:
         return np.sqrt(np.maximum(eigenvalues, 0))
     return np.linalg.svd(_reduced(blocks, width), compute_uv=False)
