@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -28,12 +29,14 @@ __all__ = ["AdamW", "gatherer", "scatter"]
 PIECE = 1 << 18  # positions that a thread takes at once
 ROWS = 8  # tensors, or pieces, that a thread takes at once of many
 BLOCK = 32  # positions between gathering and writing back: their cache lines are still near
-STREAM_BLOCK = 64  # positions between reading in order and gathering
-# Entries to a position at which all entries are read in order before the positions: the processor fetches lines in
-# order ahead of time, and waits for those that are jumped to. With fewer to a position it does so by itself where
-# they are written back too; with more, too many lines are fetched that hold none.
-STREAMED = 8, 50
-CACHED = 1 << 22  # elements of a gradient up to which it is in a cache when it comes, where jumps cost little
+
+# What is done about the memory that positions jump to, by the entries to a position, as measured on an AMD EPYC (Zen 4):
+PLAIN = 0  # nothing: most lines hold a position, and the processor fetches them by itself
+IN_ORDER = 1  # all entries are read in order first, which the processor fetches ahead, whereas it waits for jumps
+FETCHED = 2  # lines four blocks ahead are asked for, as most hold no position
+IN_ORDER_FROM, FETCHED_FROM = 8, 40
+CACHED = 1 << 22  # elements of a gradient up to which it is in a cache when it comes; there the lines are fetched
+CACHED_FETCHED_FROM = 10
 
 # No check before a division, and (by unsigned positions, and by slices) none whether an index counts from the end:
 # either would keep the arithmetic from becoming vector instructions.
@@ -65,20 +68,47 @@ def _stream(words, start, stop):  # type: ignore[no-untyped-def]
     return seen
 
 
-_GATHER = [types.uint32(*[types.uint64] * 5, types.boolean, types.boolean)]
+@intrinsic
+def _prefetch(typing: Any, array: Any, i: Any) -> Any:
+    """Have the processor fetch array[i] into its second cache while it does other things.
+
+    The nearest one can wait for a dozen lines only; this one waits for several times as many.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), cgutils.voidptr_t)
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+        call = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
+        builder.call(call, [pointer, number(0), number(2), number(1)])  # to read, into the second cache, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.uint64), generate
+
+
+@njit(inline="always", **{**FAST, "cache": False})
+def _fetch(dense, coming):  # type: ignore[no-untyped-def]
+    for i in range(coming.size):
+        _prefetch(dense, np.uint64(coming[i]))  # type: ignore[call-arg]
+
+
+_GATHER = [types.uint32(*[types.uint64] * 5, types.int64, types.boolean)]
 
 
 @njit(_GATHER, **FAST)
-def _gather_singles(dense, at, out, count, size, stream, add):  # type: ignore[no-untyped-def]
+def _gather_singles(dense, at, out, count, size, way, add):  # type: ignore[no-untyped-def]
     """Addresses of entries, positions and where they go to; how many positions, and how many entries."""
     entries = carray(_pointer(dense), size, np.float32)  # type: ignore[call-arg]
     index = carray(_pointer(at), count, np.uint32)
     result = carray(_pointer(out), count, np.float32)
     words = entries.view(np.uint32)
+    stream, fetch = way == IN_ORDER, way == FETCHED
     seen, done = np.uint32(0), np.uint64(index[0])
-    block = STREAM_BLOCK if stream else index.size
-    for start in range(0, index.size, block):
-        places, into = index[start : start + block], result[start : start + block]
+    for start in range(0, index.size, BLOCK):
+        places, into = index[start : start + BLOCK], result[start : start + BLOCK]
+        if fetch:
+            _fetch(entries, index[start + 4 * BLOCK : start + 5 * BLOCK])
         if stream:
             last = np.uint64(places[places.size - 1])
             seen |= _stream(words, done, last)
@@ -89,14 +119,16 @@ def _gather_singles(dense, at, out, count, size, stream, add):  # type: ignore[n
 
 
 @njit(_GATHER, **FAST)
-def _gather_words(dense, at, out, count, size, stream, add):  # type: ignore[no-untyped-def]
+def _gather_words(dense, at, out, count, size, way, add):  # type: ignore[no-untyped-def]
     words = carray(_pointer(dense), size, np.uint16)  # type: ignore[call-arg]
     index = carray(_pointer(at), count, np.uint32)
     result = carray(_pointer(out), count, np.float32)
+    stream, fetch = way == IN_ORDER, way == FETCHED
     seen, done = np.uint32(0), np.uint64(index[0])
-    block = STREAM_BLOCK if stream else index.size
-    for start in range(0, index.size, block):
-        places, into = index[start : start + block], result[start : start + block]
+    for start in range(0, index.size, BLOCK):
+        places, into = index[start : start + BLOCK], result[start : start + BLOCK]
+        if fetch:
+            _fetch(words, index[start + 4 * BLOCK : start + 5 * BLOCK])
         if stream:
             last = np.uint64(places[places.size - 1])
             seen |= _stream(words, done, last)
@@ -107,21 +139,28 @@ def _gather_words(dense, at, out, count, size, stream, add):  # type: ignore[no-
     return seen
 
 
-@njit([types.void(t[::1], _INDEX, t[::1]) for t in (types.uint16, types.uint32, types.uint64)], **FAST)
-def _scatter(dense, index, values):  # type: ignore[no-untyped-def]
-    for i in range(index.size):
-        dense[index[i]] = values[i]
+@njit([types.void(t[::1], _INDEX, t[::1], types.boolean) for t in (types.uint16, types.uint32, types.uint64)], **FAST)
+def _scatter(dense, index, values, fetch):  # type: ignore[no-untyped-def]
+    for start in range(0, index.size, BLOCK):
+        places, new = index[start : start + BLOCK], values[start : start + BLOCK]
+        if fetch:
+            _fetch(dense, index[start + 4 * BLOCK : start + 5 * BLOCK])
+        for i in range(places.size):
+            dense[places[i]] = new[i]
 
 
-@njit([types.uint32(_INTO, _INDEX, SINGLES, _INTO, _INTO, *[types.float32] * 7, types.boolean)], **FAST)
-def _adamw(weights, index, grads, firsts, seconds, keep, rate1, beta2, rate2, size, root, eps, stream):  # type: ignore[no-untyped-def]
+@njit([types.uint32(_INTO, _INDEX, SINGLES, _INTO, _INTO, *[types.float32] * 7, types.int64)], **FAST)
+def _adamw(weights, index, grads, firsts, seconds, keep, rate1, beta2, rate2, size, root, eps, way):  # type: ignore[no-untyped-def]
     new = np.empty(BLOCK, np.float32)
     words = weights.view(np.uint32)
+    stream, fetch = way == IN_ORDER, way == FETCHED
     seen, done = np.uint32(0), np.uint64(index[0])
     for start in range(0, index.size, BLOCK):
         places, g = index[start : start + BLOCK], grads[start : start + BLOCK]
         m, v = firsts[start : start + BLOCK], seconds[start : start + BLOCK]
         w = new[: places.size]
+        if fetch:
+            _fetch(weights, index[start + 4 * BLOCK : start + 5 * BLOCK])
         if stream:
             last = np.uint64(places[places.size - 1])
             seen |= _stream(words, done, last)
@@ -142,7 +181,7 @@ def _adamw_all(rows, numbers):  # type: ignore[no-untyped-def]
     """`_adamw` for each row: addresses of weights, positions, gradient and both moments; how many positions and how
     many weights there are; and which of `numbers`."""
     seen = np.uint32(0)
-    for weights, at, grad, first, second, count, size, stream, kind in rows:
+    for weights, at, grad, first, second, count, size, way, kind in rows:
         keep, rate1, beta2, rate2, length, root, eps = numbers[kind]
         seen |= _adamw(
             carray(_pointer(weights), size, np.float32),  # type: ignore[call-arg]
@@ -150,7 +189,7 @@ def _adamw_all(rows, numbers):  # type: ignore[no-untyped-def]
             carray(_pointer(grad), count, np.float32),  # type: ignore[call-arg]
             carray(_pointer(first), count, np.float32),  # type: ignore[call-arg]
             carray(_pointer(second), count, np.float32),  # type: ignore[call-arg]
-            keep, rate1, beta2, rate2, length, root, eps, stream != 0,
+            keep, rate1, beta2, rate2, length, root, eps, np.int64(way),
         )  # fmt: skip
     return seen
 
@@ -182,9 +221,12 @@ def gatherer(index: Tensor, out: Tensor, size: int) -> Callable[[Tensor, bool], 
     assert out.is_contiguous()
     # Addresses, as to hand arrays to a loop takes longer than the loop over a small tensor.
     at, into = index.data_ptr(), out.data_ptr()
-    stream = size > CACHED and size <= STREAMED[1] * count
+    if size <= CACHED:
+        way = FETCHED if size >= CACHED_FETCHED_FROM * count else PLAIN
+    else:
+        way = IN_ORDER if size < FETCHED_FROM * count else FETCHED
     pieces = [
-        (at + 4 * start, into + 4 * start, min(PIECE, count - start), size, stream) for start in range(0, count, PIECE)
+        (at + 4 * start, into + 4 * start, min(PIECE, count - start), size, way) for start in range(0, count, PIECE)
     ]
 
     def gather(dense: Tensor, add: bool) -> None:
@@ -202,7 +244,8 @@ def gatherer(index: Tensor, out: Tensor, size: int) -> Callable[[Tensor, bool], 
 def scatter(dense: Tensor, index: Tensor, values: Tensor) -> None:
     """dense[index] ← values, as bits. Both flat and of one dtype; `index` int32, no position twice."""
     into, at = _bits(dense), index.numpy().view(np.uint32)
-    run([(_scatter, into, places, part) for places, part in _pieces(at, _bits(values))])
+    fetch = into.size >= FETCHED_FROM * at.size
+    run([(_scatter, into, places, part, fetch) for places, part in _pieces(at, _bits(values))])
     torch.autograd.graph.increment_version(dense)
 
 
@@ -233,11 +276,11 @@ class AdamW:
             assert all(each.is_contiguous() for each in (index, grad, *moments))
             assert index.dtype == torch.int32
             assert state["step"].dtype == torch.float32
-            stream = STREAMED[0] * count <= total <= STREAMED[1] * count
+            way = PLAIN if total < IN_ORDER_FROM * count else IN_ORDER if total < FETCHED_FROM * count else FETCHED
             arrays = [each.data_ptr() for each in (index, grad, *moments)]
             for start in range(0, count, PIECE):
                 at = [address + 4 * start for address in arrays]
-                rows.append((0, *at, min(PIECE, count - start), total, stream, i))
+                rows.append((0, *at, min(PIECE, count - start), total, way, i))
         self._table = np.array(rows, np.uint64).reshape(-1, 9)
         self._owner = self._table[:, -1].astype(np.int64)  # of each row
         self._steps = np.array([state["step"].data_ptr() for _, _, _, state, _ in self.tensors], np.uint64)
