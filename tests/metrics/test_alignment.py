@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 from spectra_fixtures import FAMILIES, has_gap, lapack_svd, matrix, orthonormal, with_spectrum
 
-from deltalens.metrics import blocks
+from deltalens.metrics import alignment, blocks
 from deltalens.metrics.alignment import delta_pass, principal_sines, projections, spectral_shift
 from deltalens.metrics.blocks import delta_blocks, value_blocks
 from deltalens.metrics.spectrum import factorise
@@ -53,6 +53,28 @@ def test_sines_against_scipy(size):
     for k, mine in zip(ranks, principal_sines(before, after, ranks), strict=True):
         theirs = np.sin(scipy.linalg.subspace_angles(before[:, :k], after[:, :k])).mean()
         assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-14)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-6, 1e-9])
+def test_sines_of_vectors_turned_into_each_other(size):
+    """The bases differ much and their subspaces hardly: a difference of Gram matrices would leave noise of 1e-8."""
+    rng = np.random.default_rng(6)
+    before = orthonormal(rng, 80, 12)
+    turn = orthonormal(rng, 12, 12)
+    outside = rng.standard_normal((80, 12))
+    outside -= before @ (before.T @ outside)
+    after = np.linalg.qr((before + size * outside) @ turn)[0]
+    (mine,) = principal_sines(before, after, [12])
+    assert mine == pytest.approx(np.sin(scipy.linalg.subspace_angles(before, after)).mean(), rel=1e-6)
+
+
+def test_rows_by_blocks_do_not_show(monkeypatch):
+    rng = np.random.default_rng(7)
+    before = orthonormal(rng, 80, 12)
+    after = np.linalg.qr(before + 1e-3 * rng.standard_normal((80, 12)))[0]
+    whole = principal_sines(before, after, [3, 12])
+    monkeypatch.setattr(alignment, "SINE_ROWS", 7)
+    assert principal_sines(before, after, [3, 12]) == pytest.approx(whole, rel=1e-10)
 
 
 def test_a_planted_angle_is_found():

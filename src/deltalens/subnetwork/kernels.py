@@ -30,7 +30,7 @@ PIECE = 1 << 18  # positions that a thread takes at once
 ROWS = 8  # tensors, or pieces, that a thread takes at once of many
 BLOCK = 32  # positions between gathering and writing back: their cache lines are still near
 
-# What is done about the memory that positions jump to, by the entries to a position, as measured on an AMD EPYC (Zen 4):
+# What is done about the memory that positions jump to, by the entries to a position (as measured on a Zen 4):
 PLAIN = 0  # nothing: most lines hold a position, and the processor fetches them by itself
 IN_ORDER = 1  # all entries are read in order first, which the processor fetches ahead, whereas it waits for jumps
 FETCHED = 2  # lines four blocks ahead are asked for, as most hold no position
