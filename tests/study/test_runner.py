@@ -151,6 +151,21 @@ def test_parent_of_another_machine_has_its_children_made_again(tmp_path: Path) -
     assert again.outdated() == []
 
 
+def test_committed_records_are_not_lost_to_a_parent_of_another_machine(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    done = runner(tmp_path / "here", Stub())
+    done.run()
+    files = done.commit(results, "x")
+    before = [file.read_text() for file in files]
+    other = runner(tmp_path / "there", Stub(outputs=lambda step: f"another {step}"), results=results)
+    other._make(other.plan.steps["train:teacher-s0"], "1/1", [])
+    with pytest.raises(ConfigError, match=r"train:teacher-s0 was made again in .*there.*committed records would be"):
+        other.commit(results, "x")
+    assert [file.read_text() for file in files] == before
+    other.run()  # whole again, with other outputs: nothing is lost
+    other.commit(results, "x")
+
+
 def test_numbers_of_outdated_steps_are_left_out(tmp_path: Path) -> None:
     runner(tmp_path, Stub()).run()
     content = small_study()

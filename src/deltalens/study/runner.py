@@ -66,7 +66,7 @@ class Runner:
         self.study, self.folder, self.results = study, Path(folder), results
         self.plan: Plan = plan(study)
         self._perform, self._restore, self._report, self._quiet = perform, restore, report, quiet
-        self.records: dict[str, Record] = {**self._committed(), **self._own()}
+        self.records: dict[str, Record] = {**_committed(results, self.plan), **self._own()}
         self._identities: dict[str, str] = {}
 
     def run(self, only: str | None = None) -> list[str]:
@@ -109,7 +109,19 @@ class Runner:
         return [step for step in self.plan.steps if step in self.records and not self.current(step)]
 
     def commit(self, results: Path, command: str) -> list[Path]:
-        """Write the current records of each group to `results`; a group without any is left out."""
+        """Write the current records of each group to `results`; a group without any is left out.
+
+        Raises:
+            ConfigError: records there would be lost, because what they rest on was made again here and came out
+                different. Nothing is written.
+        """
+        if lost := self._lost(results):
+            parent, steps = lost
+            raise ConfigError(
+                f"{results}: {parent} was made again in {self.folder} and came out different (as on another kind of "
+                f"processor), so that {len(steps)} committed records would be dropped, {steps[0]} among them; nothing "
+                "was written there. Give another folder for these results, or remove the files there to start over"
+            )
         written = []
         grouped: set[str] = set()
         groups = {group: set(select(self.plan, group)) for group in self.study.groups}
@@ -127,6 +139,16 @@ class Runner:
                 temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
             written.append(file)
         return written
+
+    def _lost(self, results: Path) -> tuple[str, list[str]] | None:
+        """A step that came out otherwise than its committed record says, and the committed records that are stale."""
+        committed = _committed(results, self.plan)
+        for step, record in committed.items():
+            own = self.records[step]
+            if own["hash"] == record["hash"] and own["output"] != record["output"]:
+                stale = [other for other in committed if not self.current(other)]
+                return (step, stale) if stale else None
+        return None
 
     def _make(self, step: Step, place: str, made: list[str]) -> None:
         for parent in step.parents:
@@ -219,12 +241,13 @@ class Runner:
                 found[step] = _read(file)
         return found
 
-    def _committed(self) -> dict[str, Record]:
-        found: dict[str, Record] = {}
-        for file in sorted(self.results.glob("*.json")) if self.results is not None else ():
-            content = _read(file, ("records",))
-            found |= {step: record for step, record in content["records"].items() if step in self.plan.steps}
-        return found
+
+def _committed(results: Path | None, plan: Plan) -> dict[str, Record]:
+    found: dict[str, Record] = {}
+    for file in sorted(results.glob("*.json")) if results is not None else ():
+        content = _read(file, ("records",))
+        found |= {step: record for step, record in content["records"].items() if step in plan.steps}
+    return found
 
 
 def _read(file: Path, keys: tuple[str, ...] = ("hash", "output", "numbers")) -> dict[str, Any]:
