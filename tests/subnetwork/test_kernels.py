@@ -17,8 +17,8 @@ from deltalens.subnetwork import kernels
 
 @pytest.fixture(autouse=True, scope="module")
 def many_pieces_and_threads():
-    """Pieces so short that a small tensor has several, on two threads, and gradients read in order at any size."""
-    small = mock.patch.multiple(kernels, PIECE=200, CACHED=100)
+    """Pieces so short that a small tensor has several, on two threads, and gradients in each way."""
+    small = mock.patch.multiple(kernels, PIECE=200, CACHED=1000)
     with small, mock.patch.object(torch, "get_num_threads", return_value=2):
         yield
 

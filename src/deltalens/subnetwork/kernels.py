@@ -139,14 +139,21 @@ def _gather_words(dense, at, out, count, size, way, add):  # type: ignore[no-unt
     return seen
 
 
-@njit([types.void(t[::1], _INDEX, t[::1], types.boolean) for t in (types.uint16, types.uint32, types.uint64)], **FAST)
-def _scatter(dense, index, values, fetch):  # type: ignore[no-untyped-def]
+@njit([types.uint64(t[::1], _INDEX, t[::1], types.int64) for t in (types.uint16, types.uint32, types.uint64)], **FAST)
+def _scatter(dense, index, values, way):  # type: ignore[no-untyped-def]
+    stream, fetch = way == IN_ORDER, way == FETCHED
+    seen, done = np.uint64(0), np.uint64(index[0])
     for start in range(0, index.size, BLOCK):
         places, new = index[start : start + BLOCK], values[start : start + BLOCK]
         if fetch:
             _fetch(dense, index[start + 4 * BLOCK : start + 5 * BLOCK])
+        if stream:
+            last = np.uint64(places[places.size - 1])
+            seen |= np.uint64(_stream(dense, done, last))
+            done = last
         for i in range(places.size):
             dense[places[i]] = new[i]
+    return seen
 
 
 @njit([types.uint32(_INTO, _INDEX, SINGLES, _INTO, _INTO, *[types.float32] * 7, types.int64)], **FAST)
@@ -224,7 +231,7 @@ def gatherer(index: Tensor, out: Tensor, size: int) -> Callable[[Tensor, bool], 
     if size <= CACHED:
         way = FETCHED if size >= CACHED_FETCHED_FROM * count else PLAIN
     else:
-        way = IN_ORDER if size < FETCHED_FROM * count else FETCHED
+        way = max(IN_ORDER, _way(size, count))
     pieces = [
         (at + 4 * start, into + 4 * start, min(PIECE, count - start), size, way) for start in range(0, count, PIECE)
     ]
@@ -244,8 +251,11 @@ def gatherer(index: Tensor, out: Tensor, size: int) -> Callable[[Tensor, bool], 
 def scatter(dense: Tensor, index: Tensor, values: Tensor) -> None:
     """dense[index] ← values, as bits. Both flat and of one dtype; `index` int32, no position twice."""
     into, at = _bits(dense), index.numpy().view(np.uint32)
-    fetch = into.size >= FETCHED_FROM * at.size
-    run([(_scatter, into, places, part, fetch) for places, part in _pieces(at, _bits(values))])
+    if at.size:
+        way = _way(into.size, at.size)
+        if way == IN_ORDER and dense.element_size() == 2:  # lines of so many entries hold a position mostly
+            way = PLAIN
+        run([(_scatter, into, places, part, way) for places, part in _pieces(at, _bits(values))])
     torch.autograd.graph.increment_version(dense)
 
 
@@ -276,7 +286,7 @@ class AdamW:
             assert all(each.is_contiguous() for each in (index, grad, *moments))
             assert index.dtype == torch.int32
             assert state["step"].dtype == torch.float32
-            way = PLAIN if total < IN_ORDER_FROM * count else IN_ORDER if total < FETCHED_FROM * count else FETCHED
+            way = _way(total, count)
             arrays = [each.data_ptr() for each in (index, grad, *moments)]
             for start in range(0, count, PIECE):
                 at = [address + 4 * start for address in arrays]
@@ -313,6 +323,11 @@ class AdamW:
         together = len(table) if torch.get_num_threads() == 1 else ROWS
         run([(_adamw_all, table[i : i + together], constants) for i in range(0, len(table), together)])
         torch.autograd.graph.increment_version(all_weights)
+
+
+def _way(size: int, count: int) -> int:
+    """How `count` of `size` entries are reached where none of them is in a cache."""
+    return PLAIN if size < IN_ORDER_FROM * count else IN_ORDER if size < FETCHED_FROM * count else FETCHED
 
 
 def run(queue: list[Call]) -> None:
