@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltalens.metrics.lapack import leading_eigenvectors
+from deltalens.metrics.lapack import all_eigenvalues, leading_eigenvectors
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 10**6), st.booleans())
@@ -14,6 +14,7 @@ def test_equals_numpy(n, k, seed, deficient):
     values, vectors = leading_eigenvectors(gram.copy(), k)
     expected = np.linalg.eigvalsh(gram)[::-1]
     np.testing.assert_allclose(values, expected, rtol=0, atol=1e-13 * n * max(expected[0], 1e-300))
+    np.testing.assert_array_equal(all_eigenvalues(gram.copy()), values)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(k), atol=1e-12)
     np.testing.assert_allclose(gram @ vectors, vectors * values[:k], atol=1e-12 * n * max(expected[0], 1e-300))
 
