@@ -72,6 +72,17 @@ def test_says_which_mode_and_what_it_leaves_out(results: dict[str, AnalysisResul
     assert results["fast"].summary["global"]["hill"] == {"mean": None, "median": None}
 
 
+def test_the_cache_changes_nothing(pair: tuple[Path, Path], results: dict[str, AnalysisResult], tmp_path: Path) -> None:
+    for _ in ("cold", "warm"):
+        again = analyze(*pair, settings=Settings(spectrum="fast"), cache=tmp_path)
+        assert again.tensors.equals(results["fast"].tensors)
+    stored = {file.name for file in tmp_path.iterdir()}
+    assert len(stored) == len(SHAPES)  # two of the five matrices are the same
+    analyze(*pair, settings=Settings(spectrum="fast", seed=1), cache=tmp_path)
+    analyze(*pair, settings=Settings(), cache=tmp_path)
+    assert len({file.name for file in tmp_path.iterdir()}) == 3 * len(SHAPES)  # none is taken for another's
+
+
 def test_unchanged_matrix_has_no_spectrum(results: dict[str, AnalysisResult]) -> None:
     row = results["fast"].tensors.row(by_predicate=pl.col("name").str.contains("o_proj"), named=True)
     assert row["spectral_norm"] == 0

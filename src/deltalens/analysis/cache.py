@@ -1,7 +1,7 @@
 """The source's factorisations on disk, so that a second run against the same base need not make them again.
 
 One uncompressed .npz a matrix, named by what it depends on: the BLAKE3 hash of the source's bytes, the shape, the
-number of vectors and the compare dtype. A file that cannot be read is made again.
+number of vectors, the compare dtype and how they are made. A file that cannot be read is made again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -30,24 +30,35 @@ class FactorisationCache:
     folder: Path
 
     def get(
-        self, content_hash: str, shape: tuple[int, int], k: int, compare: str, make: Callable[[], Factorisation]
+        self,
+        content_hash: str,
+        shape: tuple[int, int],
+        k: int,
+        compare: str,
+        make: Callable[[], Factorisation],
+        *,
+        how: str = "exact",
     ) -> Factorisation:
         """The stored factorisation, or the one that `make` gives, which is then stored.
+
+        `how`: whatever else it depends on.
 
         Raises:
             DeltalensError: the folder cannot be written.
         """
         from deltalens.metrics.spectrum import Factorisation
 
-        file = self.folder / f"{content_hash}-{shape[0]}x{shape[1]}-k{k}-{compare}.npz"
+        file = self.folder / f"{content_hash}-{shape[0]}x{shape[1]}-k{k}-{compare}-{how}.npz"
         try:
             with np.load(file, allow_pickle=False) as stored:
-                return Factorisation(stored["long"], stored["values"], stored["short"])
+                residuals = stored.get("residuals")
+                return Factorisation(stored["long"], stored["values"], stored["short"], residuals)
         except (OSError, ValueError, KeyError, BadZipFile):
             made = make()
         try:
             with whole_file(file) as temporary, temporary.open("wb") as stream:
-                np.savez(stream, long=made.long, values=made.values, short=made.short)
+                held: dict[str, Any] = {name: getattr(made, name) for name in ("long", "values", "short", "residuals")}
+                np.savez(stream, **{name: array for name, array in held.items() if array is not None})
         except OSError as error:
             message = f"{self.folder}: cannot be written ({error.strerror}); free some space, or leave out --cache"
             raise DeltalensError(message) from None

@@ -57,7 +57,6 @@ class FastColumns(SpectralColumns):
     def factorise_source(self) -> Factorisation:
         """The leading factors, float32; `values` holds only as many as there are vectors."""
         scale = power_of_two_scale(self.c.source_energy, self.c.size)
-        self.residuals = np.zeros(self.k)
         if self.width > DIRECT_UP_TO:
             blocks = partial(single_value_blocks, self.before, scale)
             eigenvalues, short, residuals = principal_subspace(
@@ -66,15 +65,10 @@ class FastColumns(SpectralColumns):
             converged = relative_residual(residuals, eigenvalues) < CONVERGED
             if converged and eigenvalues[-1] > RESOLVED * eigenvalues[0]:
                 values = np.sqrt(eigenvalues)
-                self.residuals = residuals / scale**4
-                return Factorisation(long_vectors(blocks, short, values, self.length), values / scale, short)
+                long = long_vectors(blocks, short, values, self.length)
+                return Factorisation(long, values / scale, short, residuals / scale**4)
         exact = factorise(partial(value_blocks, self.before), self.length, self.width, self.k)
         return Factorisation(exact.long.astype(np.float32), exact.values[: self.k], exact.short.astype(np.float32))
-
-    def share_source(self, other: SpectralColumns) -> None:
-        super().share_source(other)
-        assert isinstance(other, FastColumns)
-        self.residuals = other.residuals
 
     def _delta_columns(self) -> dict[str, Any]:
         scale = power_of_two_scale(self.c.delta_energy, self.c.size)
@@ -129,10 +123,11 @@ class FastColumns(SpectralColumns):
     def _residual_columns(self) -> dict[str, Any]:
         """‖WᵀW V_k − V_k Λ_k‖ / ‖Λ_k‖ for each ratio: 0 for an invariant subspace."""
         row = {}
+        residuals = np.zeros(self.k) if self.source.residuals is None else self.source.residuals
         for k, ratio in zip(self.ranks, self.settings.ratios, strict=True):
             norm = float((self.source.values[:k] ** 4).sum())
             row[f"principal_residual_{ratio_suffix(ratio)}"] = (
-                (float(self.residuals[:k].sum()) / norm) ** 0.5 if norm > 0 else None
+                (float(residuals[:k].sum()) / norm) ** 0.5 if norm > 0 else None
             )
         return row
 

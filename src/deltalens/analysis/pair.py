@@ -165,9 +165,11 @@ def measure_against(
     spectral = make(left, right, coordinates, tau, nulls, settings, _low_rank(pair, trained, settings))
     if side.factorised is not None:
         spectral.share_source(side.factorised)
-    elif cache is not None and settings.spectrum == "exact":
+    elif cache is not None:
         assert result.source_hash is not None
-        spectral.source = cache.get(result.source_hash, shape, spectral.k, settings.compare, spectral.factorise_source)
+        how = "exact" if settings.spectrum == "exact" else f"{settings.spectrum}-seed{settings.seed}"
+        key = result.source_hash, shape, spectral.k, settings.compare
+        spectral.source = cache.get(*key, spectral.factorise_source, how=how)
     else:
         spectral.source = spectral.factorise_source()
     side.factorised = spectral

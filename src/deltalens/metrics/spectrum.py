@@ -45,11 +45,13 @@ class Factorisation:
         long: (max(m, n), k) float64, orthonormal singular vectors of the longer side.
         values: (d,) float64, every singular value, descending.
         short: (d, k) float64, singular vectors of the shorter side.
+        residuals: (k,) float64, ‖AᵀAv − λv‖² of each vector where an iteration made them; None where exact.
     """
 
     long: np.ndarray
     values: np.ndarray
     short: np.ndarray
+    residuals: np.ndarray | None = None
 
 
 def gram(blocks: Blocks, width: int) -> np.ndarray:
