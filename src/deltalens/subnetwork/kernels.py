@@ -29,11 +29,12 @@ __all__ = ["AdamW", "gatherer", "scatter"]
 PIECE = 1 << 18  # positions that a thread takes at once
 ROWS = 8  # tensors, or pieces, that a thread takes at once of many
 BLOCK = 32  # positions between gathering and writing back: their cache lines are still near
+AHEAD = 4 * BLOCK  # positions from those that are reached to those that are asked for
 
 # What is done about the memory that positions jump to, by the entries to a position (as measured on a Zen 4):
 PLAIN = 0  # nothing: most lines hold a position, and the processor fetches them by itself
 IN_ORDER = 1  # all entries are read in order first, which the processor fetches ahead, whereas it waits for jumps
-FETCHED = 2  # lines four blocks ahead are asked for, as most hold no position
+FETCHED = 2  # the positions' lines are asked for ahead, as most hold no position
 IN_ORDER_FROM, FETCHED_FROM = 8, 40
 CACHED = 1 << 22  # elements of a gradient up to which it is in a cache when it comes; there the lines are fetched
 CACHED_FETCHED_FROM = 10
@@ -108,7 +109,7 @@ def _gather_singles(dense, at, out, count, size, way, add):  # type: ignore[no-u
     for start in range(0, index.size, BLOCK):
         places, into = index[start : start + BLOCK], result[start : start + BLOCK]
         if fetch:
-            _fetch(entries, index[start + 4 * BLOCK : start + 5 * BLOCK])
+            _fetch(entries, index[start + AHEAD : start + AHEAD + BLOCK])
         if stream:
             last = np.uint64(places[places.size - 1])
             seen |= _stream(words, done, last)
@@ -128,7 +129,7 @@ def _gather_words(dense, at, out, count, size, way, add):  # type: ignore[no-unt
     for start in range(0, index.size, BLOCK):
         places, into = index[start : start + BLOCK], result[start : start + BLOCK]
         if fetch:
-            _fetch(words, index[start + 4 * BLOCK : start + 5 * BLOCK])
+            _fetch(words, index[start + AHEAD : start + AHEAD + BLOCK])
         if stream:
             last = np.uint64(places[places.size - 1])
             seen |= _stream(words, done, last)
@@ -146,7 +147,7 @@ def _scatter(dense, index, values, way):  # type: ignore[no-untyped-def]
     for start in range(0, index.size, BLOCK):
         places, new = index[start : start + BLOCK], values[start : start + BLOCK]
         if fetch:
-            _fetch(dense, index[start + 4 * BLOCK : start + 5 * BLOCK])
+            _fetch(dense, index[start + AHEAD : start + AHEAD + BLOCK])
         if stream:
             last = np.uint64(places[places.size - 1])
             seen |= np.uint64(_stream(dense, done, last))
@@ -167,7 +168,7 @@ def _adamw(weights, index, grads, firsts, seconds, keep, rate1, beta2, rate2, si
         m, v = firsts[start : start + BLOCK], seconds[start : start + BLOCK]
         w = new[: places.size]
         if fetch:
-            _fetch(weights, index[start + 4 * BLOCK : start + 5 * BLOCK])
+            _fetch(weights, index[start + AHEAD : start + AHEAD + BLOCK])
         if stream:
             last = np.uint64(places[places.size - 1])
             seen |= _stream(words, done, last)
