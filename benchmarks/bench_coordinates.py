@@ -3,7 +3,7 @@
     python benchmarks/bench_coordinates.py [SOURCE TRAINED]     two checkpoints of equal tensors
     python benchmarks/bench_coordinates.py                      a synthetic bf16 pair of 2 × 256 MB
 
-One thread, files in the page cache. Each figure is the median of five runs; the peers run interleaved with ours.
+One thread, files in the page cache. Each figure is the median of runs in turns (twenty-one, of sorting one).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from deltalens.metrics.coordinates import SPARSITY_THRESHOLDS, TOP_SHARES, low_m
 from deltalens.metrics.rounding_null import expected_low_magnitude_coverage, fit
 from deltalens.metrics.values import ceil_share, prepare, round_threshold
 
-RUNS = 5
+RUNS = 21
 
 
 def synthetic_pair(folder: Path) -> tuple[Path, Path]:

@@ -105,6 +105,28 @@ def test_counts_equal_the_twin_at_ties_zeros_and_subnormals(dtype, entries):
     check(cast(source, dtype), cast(trained, dtype))
 
 
+def test_every_finite_word_moved_by_every_number_of_steps_that_a_table_or_a_gathering_counts():
+    word, move = np.meshgrid(np.arange(1 << 16), np.arange(-10, 11))
+    trained = word + move
+    kept = ((word & 0x7FFF) < 0x7F80) & ((trained & 0x7FFF) < 0x7F80) & (trained >= 0) & (trained < 1 << 16)
+    source, trained = word[kept].astype(np.uint16), trained[kept].astype(np.uint16)
+    order = np.random.default_rng(0).permutation(source.size)
+    for part in (order, order[:1000], order[:1]):  # again: what a pass leaves behind would be seen in the next
+        check(source[part], trained[part])
+    small = source[(source & 0x7FFF) < 0x7F00]  # twice the others is infinite
+    check(small, small ^ np.uint16(0x8000))
+
+
+@pytest.mark.parametrize("move", [1, -1, 7, -7, 8, -8])
+def test_words_that_step_into_the_nonfinite_are_counted(move):
+    source = np.arange(1 << 16)
+    source, trained = source.astype(np.uint16), (source + move).astype(np.uint16)
+    finite = [(side & 0x7FFF) < 0x7F80 for side in (source, trained)]
+    c = measure_coordinates(source, trained, threshold=1e-5)
+    assert c.nonfinite == np.count_nonzero(~(finite[0] & finite[1]))
+    check(source[finite[0]], source[finite[0]])
+
+
 def test_every_update_equal_in_float32():
     """A sign-like update puts all of |Δ| into one bin, where the k-th largest is tied with everything."""
     source = np.linspace(-1, 1, 1000, dtype=np.float64)

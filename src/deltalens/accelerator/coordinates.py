@@ -15,6 +15,7 @@ from deltalens.metrics.coordinates import (
     BINS,
     RELATIVE_SHARE,
     Coordinates,
+    WordTables,
     count_same_bits,
     from_floats,
     from_words,
@@ -69,7 +70,7 @@ class _Sides:
     def _chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return zip(self.source.split(CHUNK), self.trained.split(CHUNK), strict=True)
 
-    def count_words(self, threshold: int, total: np.ndarray, changed: np.ndarray, delta: np.ndarray) -> int:
+    def count_words(self, threshold: int, tables: WordTables, total: np.ndarray) -> int:
         bad = 0
         for source, trained in self._chunks():
             weight = _magnitude(source)
@@ -78,8 +79,8 @@ class _Sides:
             weight, source, trained = weight[differ], source[differ], trained[differ]
             bad += int(((_magnitude(trained) >= NONFINITE) & (weight < NONFINITE)).sum())
             step = _magnitude(differences(source, trained))
-            changed += _count(2 * weight + (step > threshold), 2 * BINS)
-            delta += _count(step, BINS)
+            tables.changed += _count(2 * weight + (step > threshold), 2 * BINS)
+            tables.delta += _count(step, BINS)
         return bad
 
     def count_floats(

@@ -151,6 +151,8 @@ def measure_against(
     row |= _coordinate_columns(coordinates, same_dtype=pair.source_dtype == pair.trained_dtype)
     if coordinates.nonfinite:
         return result
+    if not pair.is_matrix and seen is None:
+        return result
     nulls = _fit_nulls(pair, coordinates, tau, settings, raw_source)
     if seen is not None:
         seen(before, after, tau, coordinates, nulls[0])

@@ -13,111 +13,185 @@ from deltalens.metrics.values import DOUBLES, KERNEL, WORDS, narrow_single, wide
 __all__ = [
     "BINS",
     "COUNTERS",
+    "MOVES",
     "NONFINITE",
     "RELATIVE_SHARE",
     "count_words",
     "inside_smallest",
     "read_off",
-    "split_changed",
 ]
 
 BINS = 32768  # magnitudes of a 16-bit word
 NONFINITE = 0x7F80  # words from here on are Inf and NaN
 RELATIVE_SHARE = 1e-3  # η of `relative_sparsity`
+REACH = 7  # steps a word may move, up or down, to be counted in the table of moves
+FAR = 2 * REACH + 1  # that table's column for the words that moved further
+MOVES = FAR + 1  # its columns: a cache line
+BLOCK = 512
 
 COUNTERS = types.int64[::1]
 
 
-@njit([types.int64(WORDS, WORDS, types.uint32, COUNTERS, COUNTERS, COUNTERS)], **KERNEL)
-def count_words(source, trained, threshold, total_sum, changed_sum, delta_sum):  # type: ignore[no-untyped-def]
-    """Add |W| to `total_sum`, the changed |W| to `changed_sum` (twice the word, plus 1 if visible), |Δ| to `delta_sum`.
+@njit(**KERNEL)
+def _step(before, after):  # type: ignore[no-untyped-def]
+    """|Δ| of two words as a word."""
+    return narrow_single(abs(np.float32(widen_word(after) - widen_word(before))))
 
-    Only coordinates whose words differ enter the last two. Returns the number whose trained word alone is non-finite.
-    At most 2³⁰ elements a call: the counters of the loop are half as wide, so that more of them stay in the cache.
-    """
-    total, changed, delta = np.zeros(BINS, np.uint32), np.zeros(2 * BINS, np.uint32), np.zeros(BINS, np.uint32)
-    block = 1024
-    before, after = np.empty(block, np.uint16), np.empty(block, np.uint16)
-    places, words = np.empty(block, np.uint16), np.empty(block, np.uint16)
+
+@njit(**KERNEL)
+def _count_gathered(before, after, threshold, weights, steps, changed, delta):  # type: ignore[no-untyped-def]
     bad = np.int64(0)
-    for start in range(0, source.size, block):
-        # Slices and an unsigned `found`: numba then need not ask at every access whether the index is negative.
-        left, right = source[start : start + block], trained[start : start + block]
-        found = np.uint64(0)
-        # Gather the changed pairs without branching: at middling densities a branch is mispredicted a third of the
-        # time, which costs more than all the rest.
-        for i in range(left.size):
-            word, trained_word = left[i], right[i]
-            total[word & np.uint16(0x7FFF)] += np.uint32(1)
-            before[found], after[found] = word, trained_word
-            found += np.uint64(word != trained_word)
-        for j in range(found):  # vector instructions: no table is touched
-            step = narrow_single(abs(np.float32(widen_word(after[j]) - widen_word(before[j]))))
-            magnitude = np.uint32(before[j] & np.uint16(0x7FFF))
-            trained_magnitude = np.uint32(after[j] & np.uint16(0x7FFF))
-            bad += np.int64((trained_magnitude >= np.uint32(NONFINITE)) & (magnitude < np.uint32(NONFINITE)))
-            places[j] = np.uint16(np.uint32(magnitude << np.uint32(1)) | np.uint32(step > threshold))
-            words[j] = np.uint16(step)
-        for j in range(found):
-            changed[places[j]] += np.uint32(1)
-            delta[words[j]] += np.uint32(1)
-    for i in range(BINS):
-        total_sum[i] += np.int64(total[i])
-        delta_sum[i] += np.int64(delta[i])
-    for i in range(2 * BINS):
-        changed_sum[i] += np.int64(changed[i])
+    for j in range(before.size):  # vector instructions
+        step = _step(before[j], after[j])
+        magnitude = np.uint32(before[j] & np.uint16(0x7FFF))
+        trained_magnitude = np.uint32(after[j] & np.uint16(0x7FFF))
+        bad += np.int64((trained_magnitude >= np.uint32(NONFINITE)) & (magnitude < np.uint32(NONFINITE)))
+        weights[j] = np.uint16(np.uint32(magnitude << np.uint32(1)) | np.uint32(step > threshold))
+        steps[j] = np.uint16(step)
+    for j in range(before.size):
+        changed[weights[j]] += 1
+        delta[steps[j]] += 1
     return bad
 
 
-@njit([types.UniTuple(types.int64, 4)(COUNTERS, COUNTERS, COUNTERS, COUNTERS, COUNTERS)], **KERNEL)
-def split_changed(total, changed, delta, visible, nonzero):  # type: ignore[no-untyped-def]
-    """Split `changed` into the histograms `visible` and `nonzero`.
+@njit(**KERNEL)
+def _empty_moves(moves, lowest, highest, threshold, total, changed, delta):  # type: ignore[no-untyped-def]
+    """Add what `moves` holds for the words from `lowest` to `highest` to the other tables, and zero it."""
+    bad = np.int64(0)
+    pairs = moves.view(np.uint64)
+    half = MOVES // 2
+    for word in range(lowest, highest + 1):
+        row = pairs[half * word : half * word + half]
+        held = np.uint64(0)
+        for i in range(half):
+            held |= row[i]
+        if not held:
+            continue
+        for move in range(MOVES):
+            count = np.int64(moves[MOVES * word + move])
+            if not count:
+                continue
+            moves[MOVES * word + move] = 0
+            total[word] += count
+            if move in (REACH, FAR):
+                continue
+            trained = word + move - REACH
+            if trained < 0 or trained >= NONFINITE:  # below ±0 comes the largest word of the other sign, a NaN
+                bad += count * (word < NONFINITE)
+                trained &= BINS - 1
+            step = _step(np.uint16(word), np.uint16(trained))
+            changed[2 * word + np.int64(step > threshold)] += count
+            delta[np.int64(step)] += count
+    return bad
 
-    Returns their sums, the number whose words differ, and the number whose source word is non-finite.
+
+@njit([types.int64(WORDS, WORDS, types.uint32, types.uint32[::1], COUNTERS, COUNTERS, COUNTERS)], **KERNEL)
+def count_words(source, trained, threshold, moves, total, changed, delta):  # type: ignore[no-untyped-def]
+    """Add |W| to `total`, the changed |W| to `changed` (twice the word, plus 1 if visible), |Δ| to `delta`.
+
+    Only coordinates whose words differ enter the last two. Returns the number whose trained word alone is non-finite.
+    `moves` (uint32[BINS · MOVES]) is scratch, zero before and after. At most 2³⁰ elements a call.
+
+    Most changed words are a few steps from where they were, so one table of the word and of how many steps it moved
+    holds nearly all that is asked, for one increment an element; what it stands for is worked out once a cell. The
+    rest are gathered, without branches on single elements: those would be mispredicted, at more than all else costs.
     """
-    differ = np.int64(0)
-    for i in range(BINS):
-        differ += delta[i]
+    places, far = np.empty(BLOCK, np.uint32), np.zeros(BLOCK, np.uint8)
+    eights = far.view(np.uint64)
+    occupied = np.empty(eights.size, np.uint16)
+    before, after = np.empty(2 * BLOCK, np.uint16), np.empty(2 * BLOCK, np.uint16)
+    weights, steps = np.empty(2 * BLOCK, np.uint16), np.empty(2 * BLOCK, np.uint16)
+    lowest, highest = np.uint32(BINS - 1), np.uint32(0)
+    bad = np.int64(0)
+    gathered = np.uint64(0)
+    for start in range(0, source.size, BLOCK):
+        # Slices and unsigned counts: numba then need not ask at every access whether the index is negative.
+        left, right = source[start : start + BLOCK], trained[start : start + BLOCK]
+        for i in range(left.size):  # vector instructions: no table is touched
+            word = left[i]
+            move = np.uint32(np.uint16(right[i] - word + np.uint16(REACH)))
+            magnitude = np.uint32(word & np.uint16(0x7FFF))
+            far[i] = np.uint8(move >= np.uint32(FAR))
+            places[i] = np.uint32(magnitude * np.uint32(MOVES)) | min(move, np.uint32(FAR))
+            lowest, highest = min(lowest, magnitude), max(highest, magnitude)
+        for i in range(left.size):
+            moves[places[i]] += np.uint32(1)
+        far[left.size :] = 0
+        some = np.uint64(0)
+        for j in range(eights.size):
+            occupied[some] = j
+            some += np.uint64(eights[j] != np.uint64(0))
+        for j in range(some):
+            first = np.uint64(8) * np.uint64(occupied[j])
+            for i in range(first, first + np.uint64(8)):
+                before[gathered], after[gathered] = left[i], right[i]
+                gathered += np.uint64(far[i])
+        if gathered >= np.uint64(BLOCK):
+            bad += _count_gathered(before[:gathered], after[:gathered], threshold, weights, steps, changed, delta)
+            gathered = np.uint64(0)
+    bad += _count_gathered(before[:gathered], after[:gathered], threshold, weights, steps, changed, delta)
+    if source.size:
+        bad += _empty_moves(moves, lowest, highest, threshold, total, changed, delta)
+    return bad
+
+
+@njit(
+    [
+        types.Tuple((types.int64, types.int64, types.int64, types.int64, types.float64, types.float64))(
+            COUNTERS, COUNTERS, COUNTERS, DOUBLES, COUNTERS, COUNTERS, COUNTERS, COUNTERS, types.float64[::1], COUNTERS
+        )
+    ],
+    **KERNEL,
+)
+def read_off(total, changed, delta, squares, ranks, lasts, visible, nonzero, top_energy, below):  # type: ignore[no-untyped-def]
+    """Everything that the tables of `count_words` tell; `changed` and `delta` are zero afterwards.
+
+    Into `visible` and `nonzero` (zero before) goes what `changed` holds, into `top_energy` (zero before) the energy of
+    the `ranks` largest |Δ|, into `below` how many |Δ| that are not 0 lie up to the word `lasts`.
+
+    Returns their sums, the number whose words differ, the number whose source word is non-finite, and ‖W‖², ‖Δ‖²,
+    smallest terms first.
+    """
     changed[0] -= delta[0]  # +0 against -0: the words differ, the values do not
     seen = moved = bad = np.int64(0)
+    source_energy = delta_energy = 0.0
     for i in range(BINS):
+        if not total[i]:
+            continue
+        if i >= NONFINITE:
+            bad += total[i]
+        else:
+            source_energy += total[i] * squares[i]
         visible[i] = changed[2 * i + 1]
         nonzero[i] = changed[2 * i] + changed[2 * i + 1]
         seen += visible[i]
         moved += nonzero[i]
-    for i in range(NONFINITE, BINS):
-        bad += total[i]
-    return seen, moved, differ, bad
-
-
-@njit(
-    [types.UniTuple(types.float64, 2)(COUNTERS, COUNTERS, DOUBLES, COUNTERS, types.float64[::1], COUNTERS, COUNTERS)],
-    **KERNEL,
-)
-def read_off(total, delta, squares, ranks, top_energy, lasts, below):  # type: ignore[no-untyped-def]
-    """‖W‖², ‖Δ‖² from the histograms, smallest terms first.
-
-    Into `top_energy` goes the energy of the `ranks` largest |Δ|, into `below` how many |Δ| lie up to the word `lasts`.
-    """
-    source_energy = delta_energy = 0.0
-    for i in range(NONFINITE):
-        source_energy += total[i] * squares[i]
-    for i in range(NONFINITE + 1):  # the last: Δ of two finite weights may overflow to Inf
-        if delta[i]:
+        changed[2 * i] = changed[2 * i + 1] = 0
+    differ = delta[0]
+    delta[0] = 0
+    largest = 0
+    for i in range(BINS):
+        if not delta[i]:
+            continue
+        largest = i
+        differ += delta[i]
+        if i <= NONFINITE:  # the last: Δ of two finite weights may overflow to Inf
             delta_energy += delta[i] * squares[i]
-    for j in range(ranks.size):
-        wanted = ranks[j]
-        for i in range(NONFINITE, -1, -1):
-            take = min(wanted, delta[i])
-            if take:
-                top_energy[j] += take * squares[i]
-                wanted -= take
-                if not wanted:
-                    break
-    for j in range(lasts.size):
-        for i in range(lasts[j] + 1):
-            below[j] += delta[i]
-    return source_energy, delta_energy
+        for j in range(lasts.size):
+            if i <= lasts[j]:
+                below[j] += delta[i]
+    wanted = ranks.copy()
+    for i in range(largest, 0, -1):
+        if not delta[i]:
+            continue
+        if i <= NONFINITE:
+            for j in range(wanted.size):
+                take = min(wanted[j], delta[i])
+                if take:
+                    top_energy[j] += take * squares[i]
+                    wanted[j] -= take
+        delta[i] = 0
+    return seen, moved, differ, bad, source_energy, delta_energy
 
 
 @njit([types.UniTuple(types.float64, 2)(COUNTERS, COUNTERS, COUNTERS, types.int64)], **KERNEL)

@@ -7,6 +7,7 @@ bins in which a wanted quantile falls are looked at again. Definitions: METRICS.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -15,12 +16,12 @@ import numpy as np
 
 from deltalens.metrics.coordinate_kernels import (
     BINS,
+    MOVES,
     NONFINITE,
     RELATIVE_SHARE,
     count_words,
     inside_smallest,
     read_off,
-    split_changed,
 )
 from deltalens.metrics.values import ceil_share, round_threshold, word_values
 
@@ -30,6 +31,7 @@ __all__ = [
     "SPARSITY_THRESHOLDS",
     "TOP_SHARES",
     "Coordinates",
+    "WordTables",
     "count_same_bits",
     "from_floats",
     "from_words",
@@ -39,7 +41,7 @@ __all__ = [
 
 SPARSITY_THRESHOLDS: Mapping[str, float] = {f"1e-{e:02d}": float(f"1e-{e}") for e in (8, 7, 6, 5, 4)}
 TOP_SHARES: Mapping[str, float] = {"0.1pct": 0.001, "1pct": 0.01, "5pct": 0.05}
-_FLUSH = 1 << 30  # elements between flushes of the 32-bit counters
+_FLUSH = 1 << 30  # elements a call of `count_words` takes at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,9 +157,32 @@ def _squares() -> np.ndarray:
     return word_values(np.arange(NONFINITE + 1)).astype(np.float64) ** 2
 
 
-def _count_words(source: np.ndarray, trained: np.ndarray, threshold: int, *tables: np.ndarray) -> int:
+@dataclass(slots=True)
+class WordTables:
+    """Zeroed tables that a thread uses again and again: fresh ones cost as much as the pass over a small matrix."""
+
+    moves: np.ndarray = field(default_factory=lambda: np.zeros(BINS * MOVES, np.uint32))
+    changed: np.ndarray = field(default_factory=lambda: np.zeros(2 * BINS, np.int64))
+    delta: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+
+
+class _Shelf(threading.local):
+    """A thread's tables while they are not in use; those of a pass that failed are not put back."""
+
+    tables: WordTables | None = None
+
+    def take(self) -> WordTables:
+        tables, self.tables = self.tables or WordTables(), None
+        return tables
+
+
+_SHELF = _Shelf()
+
+
+def _count_words(source: np.ndarray, trained: np.ndarray, threshold: int, tables: WordTables, total: np.ndarray) -> int:
     chunks = [slice(start, start + _FLUSH) for start in range(0, source.size, _FLUSH)]
-    return sum(count_words(source[chunk], trained[chunk], threshold, *tables) for chunk in chunks)
+    rest = threshold, tables.moves, total, tables.changed, tables.delta
+    return sum(count_words(source[chunk], trained[chunk], *rest) for chunk in chunks)
 
 
 def from_words(size: int, threshold: float, same_bits: int | None, count: Callable[..., int]) -> Coordinates:
@@ -165,20 +190,22 @@ def from_words(size: int, threshold: float, same_bits: int | None, count: Callab
 
     Without `same_bits` the words are the stored ones.
     """
-    total, changed, delta = np.zeros(BINS, np.int64), np.zeros(2 * BINS, np.int64), np.zeros(BINS, np.int64)
-    visible_histogram, nonzero_histogram = np.empty(BINS, np.int64), np.empty(BINS, np.int64)
-    nonfinite = count(_word(threshold), total, changed, delta)
-    visible, nonzero, differ, bad = split_changed(total, changed, delta, visible_histogram, nonzero_histogram)
+    tables, total = _SHELF.take(), np.zeros(BINS, np.int64)
+    nonfinite = count(_word(threshold), tables, total)
+    visible_histogram, nonzero_histogram = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
+    ranks, top_energy = np.array([ceil_share(share, size) for share in TOP_SHARES.values()]), np.zeros(len(TOP_SHARES))
+    below = np.zeros(len(SPARSITY_THRESHOLDS), np.int64)
+    visible, nonzero, differ, bad, source_energy, delta_energy = read_off(
+        total, tables.changed, tables.delta, _squares(), ranks, _table_words(),
+        visible_histogram, nonzero_histogram, top_energy, below,
+    )  # fmt: skip
+    _SHELF.tables = tables
     nonfinite += bad
     if same_bits is None:
         same_bits = size - differ
     if nonfinite:
         return Coordinates(size=size, nonfinite=nonfinite, unchanged_bits=same_bits)
-
-    delta[0] = size - nonzero
-    ranks, top_energy = np.array([ceil_share(share, size) for share in TOP_SHARES.values()]), np.zeros(len(TOP_SHARES))
-    below = np.zeros(len(SPARSITY_THRESHOLDS), np.int64)
-    source_energy, delta_energy = read_off(total, delta, _squares(), ranks, top_energy, _table_words(), below)
+    below += size - nonzero
     return Coordinates(
         size=size,
         nonfinite=0,

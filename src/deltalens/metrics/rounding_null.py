@@ -35,6 +35,7 @@ __all__ = [
 Grid = Literal["bf16", "fp16", "fp32"]
 BINS = 32768
 FINE_CELLS = 16
+SCANNED = 64  # words at a time that are looked at for any weight
 # Mantissa bits without the leading one, exponent of the smallest normal number.
 _FORMATS: dict[str, tuple[int, int]] = {"bf16": (7, -126), "fp16": (10, -14), "fp32": (23, -126)}
 
@@ -71,25 +72,26 @@ def fit(
     None where the density is 0 or 1, so that no scale, or any, explains it.
     """
     total = np.ascontiguousarray(total_histogram, np.int64)
-    size = int(total.sum())
+    size, words = _occupied(total)
     if not 0 < observed_count < size:
         return None
     classes = _classes(grid, float(tau), fine is not None)
     cells = np.zeros((0, 0), np.int64) if fine is None else fine
     mass = np.zeros(classes.plus.size)
-    _class_mass(total, cells, classes.index, mass)
-    used = np.flatnonzero(mass)
+    _class_mass(total, words, cells, classes.index, mass)
+    used = np.flatnonzero(mass > 0)
     plus, minus, share = classes.plus[used], classes.minus[used], mass[used] / size
     middle = plus[np.searchsorted(np.cumsum(share), 0.5 * share.sum())]  # `plus` ascends
     scale = _solve_scale(plus, minus, share, observed_count / size, middle)
     by_class, probability, chance = np.zeros(classes.plus.size), np.zeros(BINS), np.empty(used.size)
     _probability(plus, minus, scale, chance)
     by_class[used] = chance
-    _word_probability(total, cells, classes.index, by_class, probability)
+    _word_probability(words, cells, classes.index, by_class, probability)
     return RoundingNull(scale, probability)
 
 
 _COUNTS = types.Array(types.int64, 1, "C", readonly=True)
+_WORDS = types.int64[::1]
 _CELLS = types.Array(types.int64, 2, "C", readonly=True)
 
 
@@ -104,20 +106,36 @@ def _share(fine, word, cell, cells):  # type: ignore[no-untyped-def]
     return fine[word, cell] / held if held else 1.0 / cells
 
 
-@njit([types.void(_COUNTS, _CELLS, _CELLS, types.float64[::1])], **KERNEL)
-def _class_mass(total, fine, index, mass):  # type: ignore[no-untyped-def]
-    for word in range(total.size):
-        if total[word]:
-            for cell in range(index.shape[1]):
-                mass[index[word, cell]] += total[word] * _share(fine, word, cell, index.shape[1])
+@njit([types.Tuple((types.int64, _WORDS))(_COUNTS)], **KERNEL)
+def _occupied(total):  # type: ignore[no-untyped-def]
+    """The number of weights, and the words that they have, ascending: of 32768 there are some 1000."""
+    words = np.empty(total.size, np.int64)
+    size = found = np.int64(0)
+    for start in range(0, total.size, SCANNED):
+        part = total[start : start + SCANNED]
+        held = np.int64(0)
+        for i in range(part.size):  # vector instructions
+            held |= part[i]
+        if held:
+            for i in range(part.size):
+                words[found] = start + i
+                found += part[i] != 0
+                size += part[i]
+    return size, words[:found]
 
 
-@njit([types.void(_COUNTS, _CELLS, _CELLS, DOUBLES, types.float64[::1])], **KERNEL)
-def _word_probability(total, fine, index, by_class, probability):  # type: ignore[no-untyped-def]
-    for word in range(total.size):
-        if total[word]:
-            for cell in range(index.shape[1]):
-                probability[word] += by_class[index[word, cell]] * _share(fine, word, cell, index.shape[1])
+@njit([types.void(_COUNTS, _WORDS, _CELLS, _CELLS, types.float64[::1])], **KERNEL)
+def _class_mass(total, words, fine, index, mass):  # type: ignore[no-untyped-def]
+    for word in words:
+        for cell in range(index.shape[1]):
+            mass[index[word, cell]] += total[word] * _share(fine, word, cell, index.shape[1])
+
+
+@njit([types.void(_WORDS, _CELLS, _CELLS, DOUBLES, types.float64[::1])], **KERNEL)
+def _word_probability(words, fine, index, by_class, probability):  # type: ignore[no-untyped-def]
+    for word in words:
+        for cell in range(index.shape[1]):
+            probability[word] += by_class[index[word, cell]] * _share(fine, word, cell, index.shape[1])
 
 
 def excess(observed: float | None, null: float | None) -> float | None:
@@ -142,26 +160,25 @@ def expected_low_magnitude_coverage(
     One value for each of `ratios`, which ascend.
     """
     total = np.ascontiguousarray(total_histogram, np.int64)
-    size = int(total.sum())
+    size, words = _occupied(total)
     inside = np.zeros(len(ratios))
     wanted = np.array([ceil_share(ratio, size) for ratio in ratios], np.int64)
-    everything = _low_magnitude_mass(null.probability, total, wanted, inside)
+    everything = _low_magnitude_mass(null.probability, total, words, wanted, inside)
     return (inside / everything).tolist()
 
 
-@njit([types.float64(DOUBLES, _COUNTS, _COUNTS, types.float64[::1])], **KERNEL)
-def _low_magnitude_mass(probability, total, wanted, inside):  # type: ignore[no-untyped-def]
+@njit([types.float64(DOUBLES, _COUNTS, _WORDS, _COUNTS, types.float64[::1])], **KERNEL)
+def _low_magnitude_mass(probability, total, words, wanted, inside):  # type: ignore[no-untyped-def]
     """Σ P of the `wanted` smallest weights (ascending) into `inside`; returns that of all."""
     everything = 0.0
     before = np.int64(0)
     at = 0
-    for word in range(total.size):
-        if total[word]:
-            while at < wanted.size and wanted[at] <= before + total[word]:
-                inside[at] = everything + (wanted[at] - before) * probability[word]
-                at += 1
-            before += total[word]
-            everything += total[word] * probability[word]
+    for word in words:
+        while at < wanted.size and wanted[at] <= before + total[word]:
+            inside[at] = everything + (wanted[at] - before) * probability[word]
+            at += 1
+        before += total[word]
+        everything += total[word] * probability[word]
     return everything
 
 
