@@ -31,7 +31,7 @@ def test_values_and_delta_of_any_dtype(shape, dtype, elements, monkeypatch):
     prepared = [side.view(np.uint16) if dtype == ml_dtypes.bfloat16 else side for side in (before, after)]
     tall = shape[0] >= shape[1]
 
-    whole = np.concatenate([block for _, block in blocks.value_blocks(prepared[0])])
+    whole = np.concatenate([block.copy() for _, block in blocks.value_blocks(prepared[0])])
     np.testing.assert_array_equal(whole if tall else whole.T, before.astype(np.float64))
-    difference = np.concatenate([block for _, block in blocks.delta_blocks(*prepared)])
+    difference = np.concatenate([block.copy() for _, block in blocks.delta_blocks(*prepared)])
     np.testing.assert_array_equal(difference if tall else difference.T, (after - before).astype(np.float64))

@@ -47,18 +47,29 @@ def at_hand(blocks: Blocks, shape: tuple[int, int]) -> Blocks:
 
 
 def value_blocks(values: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """(slice, float64 block (b, d)) of a matrix, longer side as rows."""
-    for part in block_slices(values.shape):
-        piece = cut(values, part)
-        out = np.empty(piece.shape)
-        to_float64(piece.reshape(-1), out.reshape(-1))
+    """(slice, float64 block (b, d)) of a matrix, longer side as rows. A block is good until the next one."""
+    for part, out in _one_buffer(values.shape):
+        to_float64(cut(values, part).reshape(-1), out.reshape(-1))
         yield part, out if is_tall(values.shape) else out.T
 
 
 def delta_blocks(source: np.ndarray, trained: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """(slice, float64 block (b, d)) of trained − source in the compare dtype's arithmetic, longer side as rows."""
-    for part in block_slices(source.shape):
+    """(slice, float64 block (b, d)) of trained − source in the compare dtype's arithmetic, longer side as rows.
+
+    A block is good until the next one.
+    """
+    for part, out in _one_buffer(source.shape):
         before, after = cut(source, part), cut(trained, part)
-        out = np.empty(before.shape)
         delta_float64(before.reshape(-1), after.reshape(-1), out.reshape(-1))
         yield part, out if is_tall(source.shape) else out.T
+
+
+def _one_buffer(shape: tuple[int, int]) -> Iterator[tuple[slice, np.ndarray]]:
+    """Each slice and an array of its shape, in the matrix's own orientation: fresh memory for every block would cost
+    as much as filling it."""
+    buffer: np.ndarray | None = None
+    for part in block_slices(shape):
+        size = (part.stop - part.start) * min(shape)
+        if buffer is None:  # the first is the largest
+            buffer = np.empty(size)
+        yield part, buffer[:size].reshape((-1, shape[1]) if is_tall(shape) else (shape[0], -1))

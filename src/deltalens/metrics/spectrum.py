@@ -96,7 +96,7 @@ def _reduced(blocks: Blocks, width: int) -> np.ndarray:
     rows: list[np.ndarray] = []
     held = 0
     for _, block in blocks():
-        rows.append(block)
+        rows.append(block.copy())
         held += block.shape[0]
         if held > 2 * width:
             rows = [_r_factor(np.concatenate(rows))]
