@@ -29,6 +29,7 @@ from deltalens.errors import CheckpointError, DeltalensError
 __all__ = ["analyze", "checkpoint_files", "checkpoint_side", "run_warnings", "writing"]
 
 SCHEMA = 1
+ENGINES = ("local", "ray")
 FAR = 0.2  # relative norm beyond which SOURCE is probably not what TRAINED was trained from
 
 
@@ -43,6 +44,7 @@ def analyze(
     master: str | Path | None = None,
     cache: str | Path | None = None,
     jobs: int | None = None,
+    engine: str = "local",
     resume: bool = True,
     progress: Progress | None = None,
 ) -> AnalysisResult:
@@ -55,16 +57,19 @@ def analyze(
         include, exclude: shell patterns on tensor names.
         master: float32 weights of `trained` before they were rounded; adds the coverages that rounding did not touch.
         cache: keep the source's factorisations in this folder, and take them from it (about 1.1 × the source's bytes).
-        jobs: threads, one a processor by default.
+        jobs: threads, one a processor by default; tensors at a time on Ray.
+        engine: `local`, or `ray` for a task a tensor on a Ray cluster, with the same rows.
         resume: take up an earlier, unfinished run of the same comparison in `output`.
         progress: called with bytes done, bytes in all, and the tensor just finished.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or the two cannot be compared.
-        DeltalensError: `output` or `cache` cannot be written, or the device cannot be used.
+        DeltalensError: `output` or `cache` cannot be written, or the device or engine cannot be used.
     """
     settings = settings or Settings()
-    if settings.device != "cpu":
+    if engine not in ENGINES:
+        raise DeltalensError(f"engine {engine!r}: choose one of {', '.join(ENGINES)}")
+    if settings.device != "cpu" and engine == "local":
         from deltalens.accelerator import check_device
 
         check_device(settings.device)
@@ -88,17 +93,14 @@ def analyze(
         libraries = ("polars",) if output is None else ("polars", "deltalens.report.html", "jinja2")
         threading.Thread(target=lambda: [import_module(name) for name in libraries], daemon=True).start()
         try:
-            measured = measure_all(
-                pairing.pairs,
-                before,
-                after,
-                settings,
-                master=full,
-                jobs=jobs,
-                journal=journal,
-                cache=FactorisationCache(Path(cache)) if cache is not None else None,
-                progress=progress,
-            )
+            shelf = FactorisationCache(Path(cache)) if cache is not None else None
+            how: dict[str, Any] = {"jobs": jobs, "journal": journal, "progress": progress}
+            if engine == "ray":
+                from deltalens.analysis.ray_engine import Inputs, measure_all_on_ray
+
+                measured = measure_all_on_ray(pairing.pairs, Inputs.of(before, after, full, shelf, settings), **how)
+            else:
+                measured = measure_all(pairing.pairs, before, after, settings, master=full, cache=shelf, **how)
         finally:
             if journal is not None:
                 journal.close()

@@ -24,7 +24,7 @@ from deltalens.analysis.settings import Settings
 from deltalens.checkpoint.base import Checkpoint
 from deltalens.checkpoint.pairing import TensorPair
 
-__all__ = ["Gate", "Item", "Progress", "default_jobs", "measure_all", "run_all"]
+__all__ = ["Gate", "Item", "Progress", "Rows", "default_jobs", "measure_all", "run_all"]
 
 SMALL_ELEMENTS = 8 << 20  # tensors up to this size may always be measured side by side
 
@@ -83,6 +83,36 @@ class Gate:
     def _first(self, waiting: Sequence[int], items: Sequence[Item]) -> int | None:
         fits = (i for i in waiting if self.inside == 0 or self.inside + items[i].count <= self.limit)
         return next(fits, None)
+
+
+class Rows:
+    """What has been measured of `items`, by their places: into the journal as it comes, and told to `progress`."""
+
+    def __init__(self, items: Sequence[Item], journal: Journal | None, progress: Progress | None) -> None:
+        self._items, self._journal, self._progress = items, journal, progress
+        finished = journal.finished() if journal is not None else {}
+        self._found = {i: finished[item.name] for i, item in enumerate(items) if item.name in finished}
+        self._total = sum(item.nbytes for item in items)
+        self._done = sum(items[i].nbytes for i in self._found)
+        self._tell("")
+
+    def _tell(self, name: str) -> None:
+        if self._progress is not None:
+            self._progress(self._done, self._total, name)
+
+    def waiting(self) -> list[int]:
+        """What is still to be measured, the largest first: nobody then idles while another finishes a large one."""
+        return sorted((i for i in range(len(self._items)) if i not in self._found), key=lambda i: -self._items[i].count)
+
+    def add(self, index: int, measured: Measured) -> None:
+        self._found[index] = measured
+        self._done += self._items[index].nbytes
+        if self._journal is not None:
+            self._journal.add(measured)
+        self._tell(self._items[index].name)
+
+    def in_order(self) -> list[Measured]:
+        return [self._found[i] for i in range(len(self._items))]
 
 
 class _Shelf:
@@ -173,17 +203,8 @@ def run_all(
         CheckpointError: a tensor cannot be read.
         KeyboardInterrupt: passed on once the tensors under way have been written to the journal.
     """
-    results: dict[int, Measured] = {}
-    total = sum(item.nbytes for item in items)
-    if journal is not None:
-        by_name = journal.finished()
-        results = {i: by_name[item.name] for i, item in enumerate(items) if item.name in by_name}
-    done = sum(items[i].nbytes for i in results)
-    if progress is not None:
-        progress(done, total, "")
-    # The largest first: the last tensors are then small, and no thread idles while another finishes a large one.
-    waiting = sorted((i for i in range(len(items)) if i not in results), key=lambda i: -items[i].count)
-
+    rows = Rows(items, journal, progress)
+    waiting = rows.waiting()
     shelf = _Shelf()
 
     def one() -> tuple[int, Measured]:
@@ -195,13 +216,7 @@ def run_all(
         try:
             for future in as_completed(running.copy()):
                 running.remove(future)
-                index, measured = future.result()
-                results[index] = measured
-                done += items[index].nbytes
-                if journal is not None:
-                    journal.add(measured)
-                if progress is not None:
-                    progress(done, total, items[index].name)
+                rows.add(*future.result())
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             if journal is not None:
@@ -209,4 +224,4 @@ def run_all(
                     if future.done() and not future.cancelled() and future.exception() is None:
                         journal.add(future.result()[1])
             raise
-    return [results[i] for i in range(len(items))]
+    return rows.in_order()

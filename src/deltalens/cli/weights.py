@@ -92,6 +92,9 @@ def analyze(
     exclude: Exclude = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     jobs: Jobs = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: a task a tensor on a Ray cluster (pip install 'deltalens[ray]').")
+    ] = "local",
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Take up an unfinished analysis in DIR, or start again.")
     ] = True,
@@ -143,6 +146,7 @@ def analyze(
             master=master,
             cache=cache,
             jobs=jobs,
+            engine=engine,
             resume=resume,
             progress=progress,
         )
