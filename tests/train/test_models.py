@@ -9,9 +9,17 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 
 from deltalens.errors import ConfigError
-from deltalens.train.models import load_model, load_tokenizer, quiet_libraries, resolve_model, whole_folder
+from deltalens.train.models import (
+    bfloat16_is_emulated,
+    load_model,
+    load_tokenizer,
+    quiet_libraries,
+    resolve_model,
+    whole_folder,
+)
 
 
 def test_modules_import_no_torch() -> None:
@@ -85,3 +93,20 @@ def test_quiet_libraries_restores_what_it_silenced() -> None:
     assert (logging.getLogger("transformers").level, transformers_logging.is_progress_bar_enabled()) == (level, bars)
     with pytest.raises(UserWarning):
         warnings.warn("not silenced", stacklevel=1)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "cuda", "emulated"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False, True),
+        ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, False, False),
+        ({"amx_bf16": True}, False, False),
+        ({"neon": True, "bf16": True}, False, False),
+        ({"avx2": True}, True, False),
+        ({}, False, False),
+    ],
+)
+def test_bfloat16_without_instructions(monkeypatch, capabilities, cuda, emulated):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert bfloat16_is_emulated() is emulated

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from deltalens.errors import ConfigError
 from deltalens.files import whole_folder
 
 __all__ = [
+    "bfloat16_is_emulated",
     "load_model",
     "load_processor",
     "load_tokenizer",
@@ -189,3 +190,17 @@ def save_model(model: Any, processor: Any, folder: Path) -> None:
     with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
+
+
+def bfloat16_is_emulated() -> bool:
+    """Whether bfloat16 is slower here than float32: there is no GPU, and the processor lacks the instructions.
+
+    Asked of `torch.cpu.get_capabilities` (seen in torch 2.13); False where torch has no such function or knows nothing.
+    """
+    import torch
+
+    ask: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    known = ask()
+    if torch.cuda.is_available() or not known:
+        return False
+    return not any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))

@@ -33,7 +33,7 @@ from deltalens.train.config import OPDRun, Run, SeqKDRun
 from deltalens.train.data import data_hash
 from deltalens.train.embedded import embedded_model
 from deltalens.train.guard import last_checkpoint
-from deltalens.train.models import load_processor, quiet_libraries, resolve_model
+from deltalens.train.models import bfloat16_is_emulated, load_processor, quiet_libraries, resolve_model
 from deltalens.train.progress import Stages
 from deltalens.train.save import save_weights
 from deltalens.train.tasks import get_task
@@ -93,6 +93,8 @@ def train(
         if done:
             return _result(folder, source)
         started = time.monotonic()
+        if run.bf16 and bfloat16_is_emulated():
+            stages.say("this processor has no bfloat16 instructions: `bf16: false` trains several times faster here")
         stop = Stop()
         processor = load_processor(source)
         trainer = build_trainer(run, source, teachers, task, examples, processor, folder, stages)
