@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deltalens.metrics.values import delta_float64, round_to_bf16, word_values
@@ -72,6 +72,7 @@ def test_leading_directions_are_lapacks(shape: tuple[int, int], kind: str) -> No
 
 @settings(max_examples=30, deadline=None)
 @given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4), seed=st.integers(0, 1000))
+@example(sizes=[1], seed=803)  # two second moments that differ by half a per cent
 def test_diagnostics_are_those_of_all_coordinates_together(sizes: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     parameters = [torch.nn.Parameter(torch.zeros(size, 2)) for size in sizes]

@@ -138,8 +138,10 @@ def moment_sums(
             flat = [part.detach().reshape(-1) for part in parts]
             for start in range(0, flat[0].numel(), CHUNK):
                 m, g, v = (part[start : start + CHUNK].float() for part in flat)
-                sums = [m.dot(g), m.dot(m), g.dot(g), v.sqrt().sum(), v.sum()]
-                total[:5] += torch.stack(sums).to(total)
+                # A variance is a difference of these two sums: in float32 one of nearly equal v would be lost.
+                wide = v.double()
+                total[:3] += torch.stack([m.dot(g), m.dot(m), g.dot(g)]).to(total)
+                total[3:5] += torch.stack([wide.sqrt().sum(), wide.sum()])
                 total[5] += m.numel()
     return total
 

@@ -94,7 +94,7 @@ def train(
             return _result(folder, source)
         started = time.monotonic()
         if run.bf16 and bfloat16_is_emulated():
-            stages.say("this processor has no bfloat16 instructions: `bf16: false` trains several times faster here")
+            stages.say("no bfloat16 instructions here: `bf16: false` trains several times faster")
         stop = Stop()
         processor = load_processor(source)
         trainer = build_trainer(run, source, teachers, task, examples, processor, folder, stages)
