@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
-from deltalens.metrics import overlap
+from deltalens.metrics import overlap, overlap_null
 from deltalens.metrics.rounding_null import fit
 from deltalens.metrics.values import round_threshold, round_to_bf16, word_values
 
@@ -108,7 +109,7 @@ def expectations(source, runs, taus):
     histogram, counts, joint, _ = overlap.measure_overlap(source, runs, taus)
     a, b = (fit(histogram, c.visible, tau, "bf16") for c, tau in zip(counts, taus, strict=True))
     chance = counts[0].visible * counts[1].visible / source.size
-    return joint[0], overlap.expected_intersection(histogram, a, b), chance, (histogram, a, b)
+    return joint[0], overlap_null.expected_intersections(histogram, [a, b])[0], chance, (histogram, a, b)
 
 
 @pytest.mark.parametrize("tau", [TAU, round_threshold(1e-4, "bf16", "BF16")])
@@ -122,11 +123,49 @@ def test_independent_updates_overlap_as_the_null_says_and_more_than_chance(indep
 @pytest.mark.parametrize("tau", [TAU, round_threshold(1e-4, "bf16", "BF16")])
 def test_magnitudes_correlate_as_the_null_says(independent, tau):
     joint, _, _, (histogram, a, b) = expectations(*independent, [tau, tau])
-    count, *moments = overlap.expected_moments(histogram, a, b, tau, tau)
+    count, *moments = overlap_null.expected_moments(histogram, [a, b], [tau, tau])[0]
     np.testing.assert_allclose(moments, joint.moments, rtol=0.02)
     seen = overlap.magnitude_correlation(joint.visible, joint.moments)
     assert seen > 0.05  # more than two independent updates would have without rounding
     assert overlap.magnitude_correlation(count, moments) == pytest.approx(seen, abs=0.02)
+
+
+def grid_steps(word: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Every |Δ| that bf16(w + s·N) − w takes on a grid of w's spacing all along, and its probability."""
+    spacing = 2.0 ** (max(word >> 7, 1) - 134)
+    steps = np.arange(int(12 * scale / spacing) + 3)
+    reached = norm.sf((steps - 0.5) * spacing / scale) * 2
+    reached[0] = 1.0
+    return steps * spacing, reached - np.append(reached[1:], 0.0)
+
+
+@pytest.mark.parametrize(("smallest", "accuracy"), [(-1.5, 1e-10), (-4, 5e-3)])
+def test_expectations_are_sums_over_words_and_steps(smallest, accuracy):
+    """Small weights take steps that are treated as smooth, large ones are summed step by step.
+
+    Three runs, one without a null: the pairs in order, None where it takes part, else sums taken one by one."""
+    rng = np.random.default_rng(9)
+    source = words(10.0 ** rng.uniform(smallest, 0, 1500))
+    histogram = overlap.measure_overlap(source, [source, source], [TAU, TAU])[0]
+    taus = [TAU, TAU, 2.0**-13]  # the last is a step that many weights take: not visible
+    nulls = [fit(histogram, 900, taus[0], "bf16"), None, fit(histogram, 1000, taus[2], "bf16")]
+    found = overlap_null.expected_moments(histogram, nulls, taus)
+    shared = overlap_null.expected_intersections(histogram, nulls)
+    assert found[0] is found[2] is shared[0] is shared[2] is None
+    wanted = np.zeros(6)
+    for word, times in zip(*np.unique(source, return_counts=True), strict=True):
+        p, q = (null.probability[word] for null in (nulls[0], nulls[2]))
+        (a1, a2), (b1, b2) = (
+            [
+                sum((delta**power * chance)[delta > tau])
+                for power in (1, 2)
+                for delta, chance in [grid_steps(int(word), null.scale)]
+            ]
+            for null, tau in ((nulls[0], taus[0]), (nulls[2], taus[2]))
+        )
+        wanted += times * np.array([p * q, a1 * q, p * b1, a2 * q, p * b2, a1 * b1])
+    assert shared[1] == pytest.approx(wanted[0], rel=1e-12)
+    np.testing.assert_allclose(found[1], wanted, rtol=accuracy)
 
 
 def test_a_planted_mask_shows_beside_both(independent):

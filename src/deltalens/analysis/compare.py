@@ -30,13 +30,12 @@ from deltalens.files import whole_file
 from deltalens.metrics.overlap import (
     RunCounts,
     Subspaces,
-    expected_intersection,
-    expected_moments,
     histogram_energy,
     leading_subspaces,
     measure_overlap,
     subspace_similarity,
 )
+from deltalens.metrics.overlap_null import expected_intersections, expected_moments
 from deltalens.metrics.rounding_null import RoundingNull, fine_histogram, fit
 from deltalens.metrics.values import Compare, round_threshold
 
@@ -203,28 +202,29 @@ def measure_tensor(runs: RunSet, tensor: RunTensor, settings: Settings, buffers:
         "source_energy": histogram_energy(histogram),
         "scale": [None if null is None else null.scale for null in nonzero_nulls],
     }
-    found = []
-    for (a, b), one in zip(combinations(range(len(after)), 2), joint, strict=True):
-        found.append(
-            {
-                "visible": one.visible,
-                "visible_same": one.visible_same,
-                "nonzero": one.nonzero,
-                "nonzero_same": one.nonzero_same,
-                "dot": one.dot,
-                "moments": list(one.moments),
-                "expected": _expected(histogram, visible_nulls[a], visible_nulls[b]),
-                "expected_nonzero": _expected(histogram, nonzero_nulls[a], nonzero_nulls[b]),
-                "expected_moments": None,
-            }
+    on_bf16 = [
+        null if cells is None and grid == "bf16" else None for null, grid in zip(visible_nulls, grids, strict=True)
+    ]
+    found = [
+        {
+            "visible": one.visible,
+            "visible_same": one.visible_same,
+            "nonzero": one.nonzero,
+            "nonzero_same": one.nonzero_same,
+            "dot": one.dot,
+            "moments": list(one.moments),
+            "expected": expected,
+            "expected_nonzero": expected_nonzero,
+            "expected_moments": moments,
+        }
+        for one, expected, expected_nonzero, moments in zip(
+            joint,
+            expected_intersections(histogram, visible_nulls),
+            expected_intersections(histogram, nonzero_nulls),
+            expected_moments(histogram, on_bf16, thresholds),
+            strict=True,
         )
-        if (
-            cells is None
-            and grids[a] == grids[b] == "bf16"
-            and (left := visible_nulls[a])
-            and (right := visible_nulls[b])
-        ):
-            found[-1]["expected_moments"] = list(expected_moments(histogram, left, right, thresholds[a], thresholds[b]))
+    ]
     row["pairs"] = found
     if first.is_matrix:
         similarities = _similarities(_spaces(before, after, tensor.shape, counts))
@@ -247,11 +247,6 @@ def _grid(trained_dtype: str, compare: Compare) -> Literal["bf16", "fp16", "fp32
     if compare == "stored":
         return {"BF16": "bf16", "F16": "fp16"}.get(trained_dtype, "fp32")  # type: ignore[return-value]
     return "bf16" if compare == "bf16" else "fp32"
-
-
-def _expected(histogram: np.ndarray, a: RoundingNull | None, b: RoundingNull | None) -> float | None:
-    """None where a density is 0 or 1: no scale explains it (METRICS.md)."""
-    return None if a is None or b is None else expected_intersection(histogram, a, b)
 
 
 def _spaces(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -34,17 +35,23 @@ def pooled_rows(rows: Sequence[Row], names: Sequence[str], seed: int) -> list[Ro
     """A row for each pair of runs and each of global, core, role, layer, module: the columns of pairs.parquet."""
     groups = list(_groups(rows))
     weights = [_weights(len(members), seed) for _, _, members in groups]
+    heads = [{"scope": scope, "key": key, "tensors": len(members)} for scope, key, members in groups]
     out = []
     for at, (a, b) in enumerate(combinations(range(len(names)), 2)):
         columns = _columns(rows, at, a, b)
+        each = np.stack(list(columns.values()))
+        found = []
+        for (_, _, members), resampled in zip(groups, weights, strict=True):
+            sums = each[:, members] @ resampled.T
+            found.append(_statistics(dict(zip(columns, sums, strict=True))))
+        values = {name: np.array([one[name][0] for one in found]) for name in found[0]}
+        bounds = dict(zip(INTERVALS, np.stack([_bounds(one) for one in found], axis=1), strict=True))
         draws = {side: _draw_means([row["pairs"][at].get(f"sim_{side}_draws") for row in rows]) for side in SIDES}
-        for (scope, key, members), resampled in zip(groups, weights, strict=True):
-            sums = {name: resampled @ values[members] for name, values in columns.items()}
-            row = {"a": names[a], "b": names[b], "scope": scope, "key": key, "tensors": len(members)}
-            values = _named(_statistics(sums))
-            for side in SIDES:
-                values[f"sim16_{side}_null_std"] = _spread(draws[side][members])
-            out.append(row | values)
+        spread = {
+            f"sim16_{side}_null_std": [_spread(draws[side][members]) for _, _, members in groups] for side in SIDES
+        }
+        lines = _lines(_public(values, bounds) | spread)
+        out += [{"a": names[a], "b": names[b]} | head | line for head, line in zip(heads, lines, strict=True)]
     return out
 
 
@@ -63,16 +70,17 @@ def pair_rows(pooled: Sequence[Row]) -> list[Row]:
 def tensor_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
     """A row for each pair of runs and each tensor."""
     out = []
+    undefined = dict.fromkeys(INTERVALS, np.full((len(rows), 2), np.nan))  # there is nothing to resample
     for at, (a, b) in enumerate(combinations(range(len(names)), 2)):
-        columns = _columns(rows, at, a, b)
-        for i, row in enumerate(rows):
-            one = row["pairs"][at]
+        values = _public(_statistics(_columns(rows, at, a, b)), undefined)
+        pairs = [row["pairs"][at] for row in rows]
+        for side in SIDES:
+            values[f"sim16_{side}_null_std"] = [_spread(_draw_means([pair.get(f"sim_{side}_draws")])) for pair in pairs]
+        values["sim16_rank"] = [pair.get("sim_rank") for pair in pairs]
+        values["delta_energy"] = [row["delta_energy"][a] + row["delta_energy"][b] for row in rows]  # orders modules
+        for row, line in zip(rows, _lines(values), strict=True):
             same = {name: row[name] for name in ("name", "layer", "role", "module", "shape", "parameters")}
-            values = _named(_statistics({name: column[i : i + 1] for name, column in columns.items()}))
-            for side in SIDES:
-                values[f"sim16_{side}_null_std"] = _spread(_draw_means([one.get(f"sim_{side}_draws")]))
-            energies = {"delta_energy": row["delta_energy"][a] + row["delta_energy"][b]}  # orders modules in plots
-            out.append({"a": names[a], "b": names[b], **same, **values, "sim16_rank": one.get("sim_rank"), **energies})
+            out.append({"a": names[a], "b": names[b]} | same | line)
     return out
 
 
@@ -189,33 +197,46 @@ def _statistics(s: Columns) -> Columns:
     return out
 
 
-def _named(values: Columns) -> Row:
-    """The first line of each statistic under its public name, with the interval that the others give."""
-    out: Row = {}
-    for name, line in values.items():
-        value = _plain(line[0])
-        whole = name.startswith(("intersection", "union", "parameters"))
-        for public in _public(name):
-            out[public] = None if value is None else int(value) if whole else value
-        if name in INTERVALS:
-            rest = line[1:][np.isfinite(line[1:])]
-            low, high = np.quantile(rest, (0.025, 0.975)) if value is not None and rest.size > 1 else (None, None)
-            for public in _public(name):
-                out[f"{public}_low"], out[f"{public}_high"] = _plain(low), _plain(high)
+def _bounds(statistics: Columns) -> np.ndarray:
+    """(INTERVALS, 2): the 95 % interval that the resampled lines of each statistic give, NaN where there is none."""
+    lines = np.stack([statistics[name] for name in INTERVALS])
+    out = np.full((len(INTERVALS), 2), np.nan)
+    drawn, known = lines[:, 1:], np.isfinite(lines[:, 0])
+    whole = known & np.isfinite(drawn).all(axis=1)
+    if drawn.shape[1] > 1:
+        out[whole] = np.quantile(drawn[whole], (0.025, 0.975), axis=1).T
+        for i in np.flatnonzero(known & ~whole):  # undefined in some of the resamples
+            defined = drawn[i][np.isfinite(drawn[i])]
+            if defined.size > 1:
+                out[i] = np.quantile(defined, (0.025, 0.975))
+    return out
+
+
+def _public(values: Columns, bounds: Columns) -> dict[str, list[Any]]:
+    """Statistics (rows,) under their public names, with their intervals (rows, 2); what is undefined is None.
+
+    The excess over the null is one number for both coverages: they share numerator and null.
+    """
+    out: dict[str, list[Any]] = {}
+    for name, column in values.items():
+        plain = _plain(column, whole=name.startswith(("intersection", "union", "parameters")))
+        kind = name.removeprefix("excess")
+        public = (name,) if kind == name else (f"a_in_b{kind}_excess", f"b_in_a{kind}_excess")
+        out |= dict.fromkeys(public, plain)
+        if name in bounds:
+            low, high = (_plain(bound) for bound in bounds[name].T)
+            for one in public:
+                out |= {f"{one}_low": low, f"{one}_high": high}
     out["sim16_random"] = out["sim16_right_random"]
     return out
 
 
-def _public(name: str) -> tuple[str, ...]:
-    """The excess over the null is one number for both coverages: they share numerator and null."""
-    if name.startswith("excess"):
-        kind = name[len("excess") :]
-        return f"a_in_b{kind}_excess", f"b_in_a{kind}_excess"
-    return (name,)
+def _plain(column: np.ndarray, whole: bool = False) -> list[Any]:
+    return [None if not isfinite(x) else int(x) if whole else x for x in column.tolist()]
 
 
-def _plain(value: Any) -> float | None:
-    return None if value is None or not np.isfinite(value) else float(value)
+def _lines(columns: dict[str, list[Any]]) -> Iterator[Row]:
+    return (dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True))
 
 
 def _draw_means(draws: Sequence[Sequence[float] | None]) -> np.ndarray:

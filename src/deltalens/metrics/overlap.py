@@ -1,8 +1,6 @@
-"""What the updates of several runs share: joint counts, what chance and rounding make of them, leading subspaces.
+"""What the updates of several runs share: joint counts, correlation of magnitudes, leading subspaces.
 
-Definitions: METRICS.md, "Between runs". The null: two updates without any preference, each Gaussian with its own scale
-and rounded by itself, share nothing but the spacing of the grid. At a weight w they are independent, so the overlap to
-expect is Σ P_A(w) P_B(w) over the weights: more than p_A·p_B, since both find the small weights easier to move.
+Definitions: METRICS.md, "Between runs". What rounding makes of them is in `overlap_null`.
 """
 
 from __future__ import annotations
@@ -13,13 +11,11 @@ from itertools import combinations
 
 import numpy as np
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
-from scipy.special import erfc
 
 from deltalens.metrics.blocks import block_slices, cut, is_tall
 from deltalens.metrics.coordinate_kernels import BINS, NONFINITE
 from deltalens.metrics.lapack import leading_eigenvectors
 from deltalens.metrics.overlap_kernels import count_magnitudes, count_pair, count_run, subtract, word_magnitudes
-from deltalens.metrics.rounding_null import RoundingNull
 from deltalens.metrics.values import word_values
 
 __all__ = [
@@ -27,8 +23,6 @@ __all__ = [
     "Joint",
     "RunCounts",
     "Subspaces",
-    "expected_intersection",
-    "expected_moments",
     "histogram_energy",
     "leading_subspaces",
     "magnitude_correlation",
@@ -40,7 +34,6 @@ SUBSPACE = 16  # K of Sim_K
 BAND = 1 << 14  # coordinates taken at a time: the differences of a few runs stay in the cache
 SINGLE_GAP = 1e-4  # (λ_K − λ_{K+1})/λ₁ below which a float32 Gram matrix does not separate the two
 RANK = 1e-12  # λ/λ₁ below which a direction is rounding noise
-SMOOTH = 16  # spacings a scale from which a rounded step is as good as one that is not
 DENSE = 48  # shorter sides up to which all eigenvectors cost less than a few
 
 
@@ -113,53 +106,9 @@ def measure_overlap(
     )
 
 
-def expected_intersection(histogram: np.ndarray, a: RoundingNull, b: RoundingNull) -> float:
-    """Σ P_A(w) P_B(w) over the weights: the coordinates that both change where they share nothing but the spacing.
-
-    `histogram`: int64[32768], weights by magnitude word. `a`, `b`: the nulls fitted to each run's own density.
-    """
-    return float((histogram * a.probability * b.probability).sum())
-
-
 def histogram_energy(histogram: np.ndarray) -> float:
     """‖W‖² from the int64[32768] histogram of finite magnitudes; exact for bf16, else to a bin's width (0.8 %)."""
     return float((histogram[:NONFINITE] * word_values(np.arange(NONFINITE)).astype(np.float64) ** 2).sum())
-
-
-def expected_moments(
-    histogram: np.ndarray, a: RoundingNull, b: RoundingNull, tau_a: float, tau_b: float
-) -> tuple[float, ...]:
-    """What `Joint.visible` and `Joint.moments` are to be under the rounding null of a bf16 grid: (6,).
-
-    Given w the two updates are independent, so each expectation is Σ_w of a product. A step of several spacings is
-    taken to find the spacing at w all along, which is off only near the powers of two.
-    """
-    first_a, second_a = _word_moments(a.scale, tau_a)
-    first_b, second_b = _word_moments(b.scale, tau_b)
-    terms = (
-        a.probability * b.probability, first_a * b.probability, a.probability * first_b,
-        second_a * b.probability, a.probability * second_b, first_a * first_b,
-    )  # fmt: skip
-    return tuple(float((histogram * term).sum()) for term in terms)
-
-
-def _word_moments(scale: float, tau: float) -> tuple[np.ndarray, np.ndarray]:
-    """E[|Δ|; |Δ| > τ] and E[Δ²; |Δ| > τ] of bf16(w + s·N) − w by w's magnitude word: float64[32768] each."""
-    spacing = np.ldexp(1.0, np.maximum(np.arange(256), 1) - 127 - 7)  # by exponent
-    first, second = np.empty(256), np.empty(256)
-    root = np.sqrt(2.0) * scale
-    smooth = spacing < scale / SMOOTH
-    x = tau / scale
-    first[smooth] = scale * np.sqrt(2 / np.pi) * np.exp(-0.5 * x * x)
-    second[smooth] = scale**2 * (erfc(x / np.sqrt(2.0)) + np.sqrt(2 / np.pi) * x * np.exp(-0.5 * x * x))
-    step = spacing[~smooth, None]
-    start = np.floor(tau / step) + 1.0  # spacings of the smallest visible Δ
-    j = start + np.arange(8 * SMOOTH)  # beyond, 8 scales away, nothing is left
-    reached = erfc((j - 0.5) * step / root)  # P(|Δ| ≥ j spacings)
-    first[~smooth] = (step * (reached.sum(axis=1, keepdims=True) + (start - 1) * reached[:, :1]))[:, 0]
-    squares = ((2 * j - 1) * reached).sum(axis=1, keepdims=True) + (start - 1) ** 2 * reached[:, :1]
-    second[~smooth] = (step**2 * squares)[:, 0]
-    return np.repeat(first, BINS // 256), np.repeat(second, BINS // 256)
 
 
 def magnitude_correlation(count: np.ndarray, moments: Sequence[np.ndarray]) -> np.ndarray:
