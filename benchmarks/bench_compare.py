@@ -1,12 +1,13 @@
 """`deltalens compare` against the sum of its parts, and its peak memory against 500 MB + 4 × the largest tensor.
 
-    python benchmarks/bench_compare.py [SOURCE RUN RUN...] [--runs 3] [--jobs 1]
+    python benchmarks/bench_compare.py [SOURCE RUN RUN...] [--runs 3] [--jobs 1] [--draws 3]
 
 Without paths it makes a source and three runs at the shapes of SmolLM2-135M. The parts, on the same tensors and as many
 threads as the comparison: reading every file once and the coordinate pass of each run (`measure_coordinates`, what
 `analyze` does), and the top 16 singular directions of each Δ, by the comparison's own routine and, as the named peer,
 by LAPACK through `numpy.linalg.eigh` of the smaller Gram matrix (timed on every eighth matrix and scaled by the flops).
-The simulated null's draws are counted apart. CPU seconds, since a loaded machine stretches wall time; medians.
+The simulated null's draws are counted apart, and what a process costs by itself, taken from a comparison of two runs'
+norms. CPU seconds, since a loaded machine stretches wall time; medians.
 """
 
 import argparse
@@ -120,26 +121,27 @@ def main() -> None:
     parser.add_argument("paths", nargs="*", type=Path)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--draws", type=int, default=3, help="of the null, in the run whose memory is measured")
     arguments = parser.parse_args()
     if len(arguments.paths) in (1, 2):
         parser.error("give SOURCE and two runs or more, or nothing")
     with tempfile.TemporaryDirectory() as temporary:
         paths = arguments.paths or synthetic_runs(Path(temporary))
-        line = command(
-            "deltalens", "compare", *map(str, paths), "--fresh", "--quiet", "--jobs", str(arguments.jobs), "-o"
-        )
-        output = str(Path(temporary) / "out")
-        few = ["--include", "*norm*"]  # what a process costs by itself: imports, tables, the page
-        start = statistics.median(
-            run_process([*line, output, "--null-draws", "0", *few]).cpu for _ in range(arguments.runs)
-        )
+        options = ["--fresh", "--quiet", "--jobs", str(arguments.jobs), "-o", str(Path(temporary) / "out")]
+
+        def line(runs: list[Path], draws: int) -> list[str]:
+            names = map(str, [paths[0], *runs])
+            return command("deltalens", "compare", *names, *options, "--null-draws", str(draws))
+
+        norms = [*line(paths[1:3], 0), "--include", "*norm*"]
+        start = statistics.median(run_process(norms).cpu for _ in range(arguments.runs))
         with open_runs(paths[0], paths[1:]) as opened:
             parts(opened, arguments.jobs)  # fills the page cache
             measured = [parts(opened, arguments.jobs) for _ in range(arguments.runs)]
             peer = lapack_seconds(opened)
             largest = max(tensor.count for tensor in opened.tensors)
-        whole = [run_process([*line, output, "--null-draws", "0"]) for _ in range(arguments.runs)]
-        drawn = run_process([*line, output, "--null-draws", "3"])
+        whole = [run_process(line(paths[1:], 0)) for _ in range(arguments.runs)]
+        drawn = run_process(line(paths[1:], arguments.draws))
     print(f"{machine()}; {len(paths) - 1} runs, {arguments.jobs} threads, median of {arguments.runs}")
     total = 0.0
     for name in measured[0]:
@@ -147,9 +149,9 @@ def main() -> None:
         total += seconds
         print(f"{name:32} {seconds:7.2f} s CPU")
     compared = statistics.median(one.cpu for one in whole)
-    print(f"{'a process on the norms alone':32} {start:7.2f} s CPU")
+    print(f"{'a process, two runs, norms alone':32} {start:7.2f} s CPU")
     print(f"{'compare, no draws':32} {compared:7.2f} s CPU, {whole[0].peak / 1e6:.0f} MB peak")
-    print(f"{'compare, 3 draws a run':32} {drawn.cpu:7.2f} s CPU, {drawn.peak / 1e6:.0f} MB peak")
+    print(f"{f'compare, {arguments.draws} draws a run':32} {drawn.cpu:7.2f} s CPU, {drawn.peak / 1e6:.0f} MB peak")
     limit = 500e6 + 16 * largest
     print(f"compare ÷ its parts: {(compared - start) / total:.2f}, with the process's start {compared / total:.2f}")
     print(

@@ -74,7 +74,7 @@ def test_counts_do_not_depend_on_the_band(monkeypatch):
     rng = np.random.default_rng(1)
     source = words(0.02 * rng.standard_normal(5000))
     runs = [words(word_values(source) + np.float32(s) * rng.standard_normal(5000)) for s in (1e-5, 5e-5, 2e-4)]
-    monkeypatch.setattr(overlap, "BAND", 77)
+    monkeypatch.setattr(overlap, "BAND", 192)
     check(source, runs, [TAU] * 3)
 
 

@@ -15,7 +15,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from deltalens.metrics.blocks import block_slices, cut, is_tall
 from deltalens.metrics.coordinate_kernels import BINS, NONFINITE
 from deltalens.metrics.lapack import leading_eigenvectors
-from deltalens.metrics.overlap_kernels import count_magnitudes, count_pair, count_run, subtract, word_magnitudes
+from deltalens.metrics.overlap_kernels import count_magnitudes, join_runs, mark_run, subtract, word_magnitudes
 from deltalens.metrics.values import word_values
 
 __all__ = [
@@ -79,18 +79,23 @@ def measure_overlap(
     """
     pairs = list(combinations(range(len(runs)), 2))
     histogram = np.zeros(BINS, np.int64)
-    counts, energies = np.zeros((len(runs), 3), np.int64), np.zeros(len(runs))
+    counts, energies = np.zeros((len(runs), 2), np.int64), np.zeros(len(runs))
     joint, sums = np.zeros((len(pairs), 4), np.int64), np.zeros((len(pairs), 6))
+    taus, nonfinite = np.array(thresholds, np.float64), 0
     wide = any(side.dtype == np.float64 for side in (source, *runs))
-    deltas = np.empty((len(runs), BAND), np.float64 if wide else np.float32)
     for start in range(0, source.size, BAND):
         part = slice(start, min(start + BAND, source.size))
-        band = deltas[:, : part.stop - start]
+        size = part.stop - part.start
+        if start == 0 or size < BAND:
+            deltas = np.zeros((len(runs), -(-size // 64) * 64), np.float64 if wide else np.float32)
+            marks = np.empty((len(runs), 3, deltas.shape[1] // 64), np.uint64)
         for i, run in enumerate(runs):
-            subtract(source[part], run[part], band[i])
-            energies[i] += count_run(band[i], thresholds[i], counts[i])
-        for at, (i, j) in enumerate(pairs):
-            count_pair(band[i], band[j], thresholds[i], thresholds[j], joint[at], sums[at])
+            subtract(source[part], run[part], deltas[i, :size])
+            energy = mark_run(deltas[i], taus[i], marks[i], counts[i])
+            energies[i] += energy
+            if not np.isfinite(energy):
+                nonfinite += size - int(np.isfinite(deltas[i, :size]).sum())
+        join_runs(deltas, taus, marks, joint, sums)
     step = 1 << 30  # the word counters are 32 bits wide
     count = word_magnitudes if source.dtype == np.uint16 else count_magnitudes
     for start in range(0, source.size, step):
@@ -102,7 +107,7 @@ def measure_overlap(
             Joint(int(c[0]), int(c[1]), int(c[2]), int(c[3]), float(s[0]), tuple(map(float, s[1:])))
             for c, s in zip(joint, sums, strict=True)
         ],
-        int(counts[:, 2].sum()),
+        nonfinite,
     )
 
 
