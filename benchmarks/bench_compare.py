@@ -134,26 +134,29 @@ def main() -> None:
             return command("deltalens", "compare", *names, *options, "--null-draws", str(draws))
 
         norms = [*line(paths[1:3], 0), "--include", "*norm*"]
-        start = statistics.median(run_process(norms).cpu for _ in range(arguments.runs))
         with open_runs(paths[0], paths[1:]) as opened:
             parts(opened, arguments.jobs)  # fills the page cache
-            measured = [parts(opened, arguments.jobs) for _ in range(arguments.runs)]
+            # In turns: a machine that slows down for a minute slows both sides.
+            measured, start, whole = [], [], []
+            for _ in range(arguments.runs):
+                measured.append(parts(opened, arguments.jobs))
+                start.append(run_process(norms).cpu)
+                whole.append(run_process(line(paths[1:], 0)))
             peer = lapack_seconds(opened)
             largest = max(tensor.count for tensor in opened.tensors)
-        whole = [run_process(line(paths[1:], 0)) for _ in range(arguments.runs)]
         drawn = run_process(line(paths[1:], arguments.draws))
     print(f"{machine()}; {len(paths) - 1} runs, {arguments.jobs} threads, median of {arguments.runs}")
-    total = 0.0
     for name in measured[0]:
-        seconds = statistics.median(one[name] for one in measured)
-        total += seconds
-        print(f"{name:32} {seconds:7.2f} s CPU")
-    compared = statistics.median(one.cpu for one in whole)
-    print(f"{'a process, two runs, norms alone':32} {start:7.2f} s CPU")
-    print(f"{'compare, no draws':32} {compared:7.2f} s CPU, {whole[0].peak / 1e6:.0f} MB peak")
+        print(f"{name:32} {statistics.median(one[name] for one in measured):7.2f} s CPU")
+    totals = [sum(one.values()) for one in measured]
+    compared = [one.cpu for one in whole]
+    ratio = statistics.median((c - s) / t for c, s, t in zip(compared, start, totals, strict=True))
+    with_start = statistics.median(c / t for c, t in zip(compared, totals, strict=True))
+    print(f"{'a process, two runs, norms alone':32} {statistics.median(start):7.2f} s CPU")
+    print(f"{'compare, no draws':32} {statistics.median(compared):7.2f} s CPU, {whole[0].peak / 1e6:.0f} MB peak")
     print(f"{f'compare, {arguments.draws} draws a run':32} {drawn.cpu:7.2f} s CPU, {drawn.peak / 1e6:.0f} MB peak")
     limit = 500e6 + 16 * largest
-    print(f"compare ÷ its parts: {(compared - start) / total:.2f}, with the process's start {compared / total:.2f}")
+    print(f"compare ÷ its parts: {ratio:.2f}, with the process's start {with_start:.2f}")
     print(
         f"top 16 by numpy.linalg.eigh ÷ ours: {peer / statistics.median(m['top 16 of each Δ'] for m in measured):.1f}"
     )

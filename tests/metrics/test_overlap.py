@@ -249,6 +249,19 @@ def test_similarity_of_subspaces():
     assert np.mean(draws) == pytest.approx(16 / 60, abs=0.01)
 
 
+def test_similarities_of_all_pairs_are_those_of_each():
+    rng = np.random.default_rng(12)
+    bases = [np.linalg.qr(rng.standard_normal((30, r)))[0].astype(np.float32) for r in (16, 3, 16, 0)]
+    bases.insert(1, None)
+    wanted = []
+    for a, b in combinations(bases, 2):
+        k = 0 if a is None or b is None else min(a.shape[1], b.shape[1])
+        product = a[:, :k].T.astype(float) @ b[:, :k].astype(float) if k else None
+        wanted.append((pytest.approx((product**2).sum() / k, rel=1e-12), k) if k else (None, 0))
+    assert overlap.subspace_similarities(bases) == wanted
+    assert overlap.subspace_similarities([None, bases[0]]) == [(None, 0)]
+
+
 def test_arpack_giving_up_leaves_it_to_lapack(monkeypatch):
     def stuck(*_, **__):
         raise overlap.ArpackNoConvergence("no", np.empty(0), np.empty((0, 0)))

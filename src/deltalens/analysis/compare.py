@@ -33,7 +33,7 @@ from deltalens.metrics.overlap import (
     histogram_energy,
     leading_subspaces,
     measure_overlap,
-    subspace_similarity,
+    subspace_similarities,
 )
 from deltalens.metrics.overlap_null import expected_intersections, expected_moments
 from deltalens.metrics.rounding_null import RoundingNull, fine_histogram, fit
@@ -258,17 +258,12 @@ def _spaces(
     ]
 
 
-Similarity = tuple[float | None, int]
-
-
-def _similarities(spaces: Sequence[Subspaces | None]) -> tuple[list[Similarity], list[Similarity]]:
+def _similarities(
+    spaces: Sequence[Subspaces | None],
+) -> tuple[list[tuple[float | None, int]], list[tuple[float | None, int]]]:
     """(Sim, K) of the left and of the right subspaces of every pair."""
-    left: list[Similarity] = []
-    right: list[Similarity] = []
-    for a, b in combinations(spaces, 2):
-        left.append((None, 0) if a is None or b is None else subspace_similarity(a.left, b.left))
-        right.append((None, 0) if a is None or b is None else subspace_similarity(a.right, b.right))
-    return left, right
+    left = subspace_similarities([None if one is None else one.left for one in spaces])
+    return left, subspace_similarities([None if one is None else one.right for one in spaces])
 
 
 def _add_draws(

@@ -27,6 +27,7 @@ __all__ = [
     "leading_subspaces",
     "magnitude_correlation",
     "measure_overlap",
+    "subspace_similarities",
     "subspace_similarity",
 ]
 
@@ -222,8 +223,21 @@ def subspace_similarity(a: np.ndarray, b: np.ndarray) -> tuple[float | None, int
     1 for one and the same subspace, K/size on average for independent ones. Where one update has fewer directions than
     the other, only as many of the leading ones are compared.
     """
-    k = min(a.shape[1], b.shape[1])
-    if k == 0:
-        return None, 0
-    product = a[:, :k].T.astype(np.float64) @ b[:, :k].astype(np.float64)
-    return float((product * product).sum() / k), k
+    return subspace_similarities([a, b])[0]
+
+
+def subspace_similarities(bases: Sequence[np.ndarray | None]) -> list[tuple[float | None, int]]:
+    """`subspace_similarity` of each of `itertools.combinations(bases, 2)`, by one product; (None, 0) beside a None."""
+    held = [base for base in bases if base is not None]
+    if len(held) < 2:
+        return [(None, 0)] * (len(bases) * (len(bases) - 1) // 2)
+    joined = np.concatenate([base.astype(np.float64) for base in held], axis=1)
+    squares = (joined.T @ joined) ** 2
+    ranks = [0 if base is None else base.shape[1] for base in bases]
+    starts = np.concatenate([[0], np.cumsum(ranks)])
+    found: list[tuple[float | None, int]] = []
+    for a, b in combinations(range(len(bases)), 2):
+        k = min(ranks[a], ranks[b])
+        block = squares[starts[a] : starts[a] + k, starts[b] : starts[b] + k]
+        found.append((float(block.sum() / k) if k else None, k))
+    return found
