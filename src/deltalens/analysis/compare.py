@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 from zlib import crc32
