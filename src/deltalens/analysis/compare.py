@@ -14,6 +14,7 @@ from zlib import crc32
 
 import numpy as np
 import polars as pl
+from threadpoolctl import threadpool_limits
 
 from deltalens._version import __version__
 from deltalens.analysis.analyze import FAR, writing
@@ -157,7 +158,8 @@ def compare(
         finally:
             if journal is not None:
                 journal.close()
-        result = _result(opened, [m.row for m in measured], chosen, settings)
+        with threadpool_limits(1):  # the products of the bootstrap are too small to share
+            result = _result(opened, [m.row for m in measured], chosen, settings)
     if output is not None and journal is not None:
         with writing(output, "-o"):
             result.save(output)

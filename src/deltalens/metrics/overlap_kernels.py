@@ -117,7 +117,8 @@ def _sum_pair(left, right, tau_left, tau_right, sums):  # type: ignore[no-untype
         dot += x * y
         x, y = abs(x), abs(y)
         seen = (x > tau_left) & (y > tau_right)
-        x, y = x if seen else 0.0, y if seen else 0.0
+        x = x if seen else np.float64(0.0)
+        y = y if seen else np.float64(0.0)
         a1 += x
         b1 += y
         a2 += x * x
