@@ -1,38 +1,42 @@
 """`deltalens compare` against the sum of its parts, and its peak memory against 500 MB + 4 × the largest tensor.
 
-    python benchmarks/bench_compare.py [SOURCE RUN RUN...] [--runs 3] [--jobs 1] [--draws 3]
+    python benchmarks/bench_compare.py [SOURCE RUN RUN...] [--runs 3] [--draws 3]
 
-Without paths it makes a source and three runs at the shapes of SmolLM2-135M. The parts, on the same tensors and as many
-threads as the comparison: reading every file once and the coordinate pass of each run (`measure_coordinates`, what
-`analyze` does), and the top 16 singular directions of each Δ, by the comparison's own routine and, as the named peer,
-by LAPACK through `numpy.linalg.eigh` of the smaller Gram matrix (timed on every eighth matrix and scaled by the flops).
-The simulated null's draws are counted apart, and what a process costs by itself, taken from a comparison of two runs'
-norms. CPU seconds, since a loaded machine stretches wall time; medians.
+Without paths it makes a source and three runs at the shapes of SmolLM2-135M. The parts, in CPU seconds of one thread:
+reading every file once and the coordinate pass of each run with its nulls (what `analyze --spectrum none` does), and
+the top 16 singular directions of each Δ, by the comparison's own routine and, as the named peer, by LAPACK through
+`numpy.linalg.eigh` of the smaller Gram matrix (timed on every eighth matrix and scaled by the flops). All alternate
+tensor by tensor; of several runs each part of each tensor counts with its least time, as other work on a machine only
+ever adds. Tables and page come on top. The simulated null's draws are counted apart, in a process whose memory is
+watched.
 """
 
 import argparse
 import itertools
-import statistics
 import tempfile
-import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import polars as pl
 from bench_analyze import synthetic_pair
 from processes import command, machine, run_process
 from safetensors.numpy import load_file, save_file
 from threadpoolctl import threadpool_limits
 
-from deltalens.analysis.engine import run_all
-from deltalens.analysis.pair import Buffers, Measured
+from deltalens import Settings
+from deltalens.analysis.compare import CompareResult, measure_tensor
+from deltalens.analysis.compare_summary import pair_rows, pooled_rows, tensor_rows
+from deltalens.analysis.pair import Buffers, measure_against, read_source
 from deltalens.analysis.runs import RunSet, RunTensor, open_runs
-from deltalens.metrics.coordinates import measure_coordinates
 from deltalens.metrics.overlap import leading_subspaces
-from deltalens.metrics.values import round_threshold
 
-TAU = round_threshold(1e-5, "bf16", "BF16")
+COUNTS = Settings(compare_dtype="bf16", spectrum="none")
+COMPARED = Settings(compare_dtype="bf16", null_draws=0)
+PARTS = "reading and coordinate passes", "top 16 of each Δ"
 
 
 def synthetic_runs(folder: Path) -> list[Path]:
@@ -55,43 +59,37 @@ def synthetic_runs(folder: Path) -> list[Path]:
     return paths
 
 
-def over_tensors(opened: RunSet, work, jobs: int) -> float:
-    """Seconds of CPU of `work(tensor, buffers)` over every tensor on the comparison's own engine."""
-    spent, lock = [0.0], threading.Lock()
-
-    def one(tensor: RunTensor, buffers: Buffers) -> Measured:
-        start = time.thread_time()
-        work(tensor, buffers)
-        with lock:
-            spent[0] += time.thread_time() - start
-        return Measured({"name": tensor.name})
-
-    run_all(opened.tensors, one, gate=opened.gate(len(opened.runs) + 2), jobs=jobs)
-    return spent[0]
-
-
-def parts(opened: RunSet, jobs: int) -> dict[str, float]:
-    """CPU seconds of each part."""
-
-    def coordinates(tensor: RunTensor, buffers: Buffers) -> None:
-        before, after, _ = opened.read(tensor, "bf16", buffers)
+def one_tensor(opened: RunSet, tensor: RunTensor, buffers: Buffers) -> tuple[dict[str, float], dict[str, Any]]:
+    """CPU seconds of each part and of the whole, and the row that the comparison made."""
+    spent = {}
+    start = time.thread_time()
+    side = read_source(tensor.first, opened.source, COUNTS, buffers)
+    for pair, run in zip(tensor.pairs, opened.runs, strict=True):
+        measure_against(side, pair, run, COUNTS, buffers)
+    spent[PARTS[0]] = time.thread_time() - start
+    before, after, _ = opened.read(tensor, "bf16", buffers)
+    start = time.thread_time()
+    if tensor.first.is_matrix:
         for run in after:
-            measure_coordinates(before, run, threshold=TAU)
+            leading_subspaces(before.reshape(tensor.shape), run.reshape(tensor.shape))
+    spent[PARTS[1]] = time.thread_time() - start
+    start = time.thread_time()
+    row = measure_tensor(opened, tensor, COMPARED, buffers)
+    spent["whole"] = time.thread_time() - start
+    return spent, row
 
-    def reading(tensor: RunTensor, buffers: Buffers) -> None:
-        opened.read(tensor, "bf16", buffers)
 
-    def subspaces(tensor: RunTensor, buffers: Buffers) -> None:
-        before, after, _ = opened.read(tensor, "bf16", buffers)
-        if tensor.first.is_matrix:
-            for run in after:
-                leading_subspaces(before.reshape(tensor.shape), run.reshape(tensor.shape))
-
-    read = over_tensors(opened, reading, jobs)
-    return {
-        "reading and coordinate passes": over_tensors(opened, coordinates, jobs),
-        "top 16 of each Δ": over_tensors(opened, subspaces, jobs) - read,
+def tables_seconds(rows: list[dict[str, Any]], names: Sequence[str], output: Path) -> float:
+    """CPU seconds of the tables and the page from the rows of all tensors."""
+    start = time.thread_time()
+    pooled = pooled_rows(rows, names, 0)
+    summary = {
+        "source": {"path": "source"},
+        "runs": [{"name": name, "path": name, "density": None, "density_nonzero": None} for name in names],
+        "pairs": pair_rows(pooled),
     }
+    CompareResult(pl.DataFrame(pooled), pl.DataFrame(tensor_rows(rows, names)), summary, {}).save(output)
+    return time.thread_time() - start
 
 
 def lapack_seconds(opened: RunSet) -> float:
@@ -120,47 +118,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", type=Path)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--draws", type=int, default=3, help="of the null, in the run whose memory is measured")
     arguments = parser.parse_args()
     if len(arguments.paths) in (1, 2):
         parser.error("give SOURCE and two runs or more, or nothing")
     with tempfile.TemporaryDirectory() as temporary:
         paths = arguments.paths or synthetic_runs(Path(temporary))
-        options = ["--fresh", "--quiet", "--jobs", str(arguments.jobs), "-o", str(Path(temporary) / "out")]
-
-        def line(runs: list[Path], draws: int) -> list[str]:
-            names = map(str, [paths[0], *runs])
-            return command("deltalens", "compare", *names, *options, "--null-draws", str(draws))
-
-        norms = [*line(paths[1:3], 0), "--include", "*norm*"]
-        with open_runs(paths[0], paths[1:]) as opened:
-            parts(opened, arguments.jobs)  # fills the page cache
-            # In turns: a machine that slows down for a minute slows both sides.
-            measured, start, whole = [], [], []
-            for _ in range(arguments.runs):
-                measured.append(parts(opened, arguments.jobs))
-                start.append(run_process(norms).cpu)
-                whole.append(run_process(line(paths[1:], 0)))
+        with threadpool_limits(1), open_runs(paths[0], paths[1:]) as opened:
+            buffers = Buffers()
+            one_tensor(opened, min(opened.tensors, key=lambda tensor: tensor.count), buffers)  # loads what is compiled
+            spent, rows = dict.fromkeys((*PARTS, "whole"), 0.0), []
+            for tensor in opened.tensors:
+                seen, made = zip(*(one_tensor(opened, tensor, buffers) for _ in range(arguments.runs)), strict=True)
+                rows.append(made[0])
+                for name in spent:
+                    spent[name] += min(one[name] for one in seen)
+            output = Path(temporary) / "out"
+            tables = min(tables_seconds(rows, opened.names, output) for _ in range(arguments.runs))
             peer = lapack_seconds(opened)
             largest = max(tensor.count for tensor in opened.tensors)
-        drawn = run_process(line(paths[1:], arguments.draws))
-    print(f"{machine()}; {len(paths) - 1} runs, {arguments.jobs} threads, median of {arguments.runs}")
-    for name in measured[0]:
-        print(f"{name:32} {statistics.median(one[name] for one in measured):7.2f} s CPU")
-    totals = [sum(one.values()) for one in measured]
-    compared = [one.cpu for one in whole]
-    ratio = statistics.median((c - s) / t for c, s, t in zip(compared, start, totals, strict=True))
-    with_start = statistics.median(c / t for c, t in zip(compared, totals, strict=True))
-    print(f"{'a process, two runs, norms alone':32} {statistics.median(start):7.2f} s CPU")
-    print(f"{'compare, no draws':32} {statistics.median(compared):7.2f} s CPU, {whole[0].peak / 1e6:.0f} MB peak")
-    print(f"{f'compare, {arguments.draws} draws a run':32} {drawn.cpu:7.2f} s CPU, {drawn.peak / 1e6:.0f} MB peak")
+        options = ["--fresh", "--quiet", "--jobs", "1", "--null-draws", str(arguments.draws), "-o", str(output)]
+        process = run_process(command("deltalens", "compare", *map(str, paths), *options))
+    print(f"{machine()}; {len(paths) - 1} runs")
+    for name in PARTS:
+        print(f"{name:32} {spent[name]:7.2f} s")
+    alone = sum(spent[name] for name in PARTS)
+    print(f"{'parts alone':32} {alone:7.2f} s")
+    print(f"{'comparison':32} {spent['whole']:7.2f} s   {spent['whole'] / alone:.2f} × the parts")
+    whole = spent["whole"] + tables
+    print(f"{'with its tables and page':32} {whole:7.2f} s   {whole / alone:.2f} × the parts")
+    print(f"{f'a process, {arguments.draws} draws a run':32} {process.cpu:7.2f} s, {process.peak / 1e6:.0f} MB peak")
+    print(f"top 16 by numpy.linalg.eigh ÷ ours: {peer / spent[PARTS[1]]:.1f}")
     limit = 500e6 + 16 * largest
-    print(f"compare ÷ its parts: {ratio:.2f}, with the process's start {with_start:.2f}")
-    print(
-        f"top 16 by numpy.linalg.eigh ÷ ours: {peer / statistics.median(m['top 16 of each Δ'] for m in measured):.1f}"
-    )
-    print(f"peak ÷ (500 MB + 4 × the largest tensor in float32 = {limit / 1e6:.0f} MB): {drawn.peak / limit:.2f}")
+    print(f"peak ÷ (500 MB + 4 × the largest tensor in float32 = {limit / 1e6:.0f} MB): {process.peak / limit:.2f}")
 
 
 if __name__ == "__main__":
