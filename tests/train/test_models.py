@@ -14,6 +14,7 @@ import torch
 from deltalens.errors import ConfigError
 from deltalens.train.models import (
     bfloat16_is_emulated,
+    load_for_generation,
     load_model,
     load_tokenizer,
     quiet_libraries,
@@ -110,3 +111,13 @@ def test_bfloat16_without_instructions(monkeypatch, capabilities, cuda, emulated
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     assert bfloat16_is_emulated() is emulated
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_generation_uses_the_rounded_weights_in_the_faster_dtype(tiny_model, monkeypatch, emulated):
+    monkeypatch.setattr("deltalens.train.models.bfloat16_is_emulated", lambda: emulated)
+    found, exact = load_for_generation(tiny_model), load_model(tiny_model, "float32")
+    assert {p.dtype for p in found.parameters()} == {torch.float32 if emulated else torch.bfloat16}
+    for ours, theirs in zip(found.parameters(), exact.parameters(), strict=True):
+        assert torch.equal(ours.bfloat16(), theirs.bfloat16())
+        assert torch.equal(ours.float(), theirs.bfloat16().float())

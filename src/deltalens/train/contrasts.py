@@ -20,7 +20,7 @@ from deltalens.train.config import GRPORun, Run, SeqKDRun
 from deltalens.train.data import data_hash, rows
 from deltalens.train.evaluate import generate
 from deltalens.train.guard import FastRollouts, Guarded
-from deltalens.train.models import load_model, load_processor
+from deltalens.train.models import load_for_generation, load_processor
 from deltalens.train.tasks import Example, Task
 
 __all__ = ["grpo_trainer", "sft_trainer", "teacher_replies"]
@@ -75,12 +75,11 @@ def teacher_replies(
         cache: JSON lines: a first line that says what the replies are of, then a reply each.
         on_progress: called with replies done and in all.
     """
-    import torch
 
     key = _key(run, teacher, examples)
     replies = _cached(cache, key, len(examples))
     if replies is None:
-        network = load_model(teacher, "bfloat16").to("cuda" if torch.cuda.is_available() else "cpu")
+        network = load_for_generation(teacher)
         generated = generate(
             network,
             load_processor(teacher),

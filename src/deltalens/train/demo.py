@@ -17,7 +17,7 @@ from deltalens.files import whole_file
 from deltalens.train.config import OPSDRun
 from deltalens.train.embedded import embedded_model
 from deltalens.train.evaluate import Evaluation, evaluate
-from deltalens.train.models import quiet_libraries, resolve_model
+from deltalens.train.models import bfloat16_is_emulated, quiet_libraries, resolve_model
 from deltalens.train.progress import Stages
 from deltalens.train.run import model_hash, train
 from deltalens.train.tasks import Sums
@@ -96,6 +96,7 @@ def run_demo(
             with quiet_libraries():
                 source = embedded_model() if model is None else resolve_model(model)
             update(1, str(source))
+        slow = bfloat16_is_emulated()
         run = OPSDRun(
             method="opsd",
             model=str(source),
@@ -105,6 +106,8 @@ def run_demo(
             temperature=0.5,
             checkpoint_every=10,
             save_master=keep_master,
+            bf16=not slow,
+            teacher_dtype="float32" if slow else "bfloat16",
             seed=seed,
         )
         config = run.model_dump(mode="json", exclude={"model", "output", "save_master"})  # the rest changes the result

@@ -11,7 +11,7 @@ from typing import Any
 
 from deltalens.errors import ConfigError
 from deltalens.files import whole_file
-from deltalens.train.models import load_model, load_processor, quiet_libraries, resolve_model, sees_images
+from deltalens.train.models import load_for_generation, load_processor, quiet_libraries, resolve_model, sees_images
 from deltalens.train.statistics import mean_at_k, pass_at_k
 from deltalens.train.tasks import Example, Task, get_task, reply_limit
 
@@ -98,7 +98,8 @@ def evaluate(
 ) -> Evaluation:
     """Let a model answer a task's held-out problems and score its replies.
 
-    The weights are read in bfloat16, as inference uses them. The random state of the caller is left as it was.
+    The weights are read in bfloat16, as inference uses them (`load_for_generation`). The random state of the caller is
+    left as it was.
 
     Args:
         model: a folder or Hub id of a language model, or of an image-text model with its processor.
@@ -130,7 +131,7 @@ def evaluate(
         if any(example.images for example in examples) and not sees_images(folder):
             raise ConfigError(f"{folder}: is a text model, and {task.name} asks about images; use an image-text model")
         processor = load_processor(folder)
-        network = load_model(folder, "bfloat16").to(_device())
+        network = load_for_generation(folder)
         prompts = [e.prompt + e.context if privileged else e.prompt for e in examples for _ in range(samples)]
         replies = generate(
             network,
@@ -148,12 +149,6 @@ def evaluate(
         for index, reply in enumerate(replies)
     )
     return _summarize(task.name, generations, samples, heat, limit, privileged)
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _scored(

@@ -94,7 +94,8 @@ def train(
             return _result(folder, source)
         started = time.monotonic()
         if run.bf16 and bfloat16_is_emulated():
-            stages.say("no bfloat16 instructions here: `bf16: false` trains several times faster")
+            teacher = " and `teacher_dtype: float32`" if hasattr(run, "teacher_dtype") else ""
+            stages.say(f"no bfloat16 instructions here: `bf16: false`{teacher} trains several times faster")
         stop = Stop()
         processor = load_processor(source)
         trainer = build_trainer(run, source, teachers, task, examples, processor, folder, stages)
