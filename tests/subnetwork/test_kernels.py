@@ -55,6 +55,25 @@ def test_gather_and_scatter(size, density, dtype, seed):
         assert target._version > version
 
 
+@pytest.mark.parametrize("way", [kernels.IN_ORDER, kernels.FETCHED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_processor_chooses_between_ways_that_give_the_same(way, dtype):
+    """One position in twenty: both ways of reaching memory serve there, and which one is tried once."""
+    assert kernels._faster_way() in (kernels.IN_ORDER, kernels.FETCHED)
+    rng = np.random.default_rng(way)
+    index = torch.from_numpy(positions(40_000, 0.05, rng))
+    dense = torch.from_numpy(rng.standard_normal(40_000, np.float32)).to(dtype)
+    out, values = torch.empty(len(index)), torch.from_numpy(rng.standard_normal(len(index), np.float32)).to(dtype)
+    with mock.patch.object(kernels, "_faster_way", return_value=way) as asked:
+        kernels.gatherer(index, out, dense.numel())(dense, False)
+        assert torch.equal(out, dense[index.long()].float())
+        wanted = dense.clone()
+        wanted[index.long()] = values
+        kernels.scatter(dense, index, values)
+    assert asked.called
+    assert torch.equal(dense, wanted)
+
+
 class Two(nn.Module):
     """A tensor with a mask as drawn, and one that is trained whatever is drawn."""
 
