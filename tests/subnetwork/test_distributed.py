@@ -53,6 +53,7 @@ def process(rank, port, folder):
         except Exception as error:  # the other kinds are still of interest
             result = {"error": repr(error)}
         torch.save(result, f"{folder}/{kind}-{rank}.pt")
+    dist.barrier()  # rank 0 keeps the store: it must not leave first
     dist.destroy_process_group()
 
 
