@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import deltalens
 from deltalens.analysis.runs import run_names
 from deltalens.cli import app
+from deltalens.errors import CheckpointError
 
 BF16 = ml_dtypes.bfloat16
 TAU = float(np.float32(1e-5).astype(BF16))
@@ -295,6 +296,13 @@ def test_non_finite_tensors_are_left_out_and_named(sides, folders, write_checkpo
     assert any(name in warning for warning in summary["warnings"])
     want = brute(sides, 1, 2, [n for n in SHAPES if n != name], TAU)
     assert summary["pairs"][0]["intersection"] == want["both"]
+
+
+def test_runs_without_a_finite_tensor_are_an_error(write_checkpoint, tmp_path):
+    source, run = ({"model.norm.weight": np.full(4, value).astype(BF16)} for value in (1.0, np.nan))
+    folders = [write_checkpoint(one) for one in (source, run, source)]
+    with pytest.raises(CheckpointError, match=r"NaN or Inf in each of the 1 tensors, among them model\.norm"):
+        deltalens.compare(folders[0], folders[1:], output=tmp_path / "out", null_draws=0)
 
 
 @pytest.mark.parametrize("dtype", ["stored", "fp32", "bf16"])

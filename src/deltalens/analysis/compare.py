@@ -25,7 +25,7 @@ from deltalens.analysis.null_draws import draw_update
 from deltalens.analysis.pair import Buffers, Measured
 from deltalens.analysis.runs import RunSet, RunTensor, open_runs
 from deltalens.analysis.settings import Settings
-from deltalens.errors import ConfigError
+from deltalens.errors import CheckpointError, ConfigError
 from deltalens.files import whole_file
 from deltalens.metrics.overlap import (
     RunCounts,
@@ -120,7 +120,7 @@ def compare(
 
     Raises:
         ConfigError: fewer than two runs.
-        CheckpointError: a checkpoint cannot be read, or they cannot be compared.
+        CheckpointError: a checkpoint cannot be read, they cannot be compared, or no tensor is finite in all of them.
         DeltalensError: `output` cannot be written.
         ValueError: a setting is out of range.
     """
@@ -290,6 +290,11 @@ def _add_draws(
 
 def _result(runs: RunSet, rows: list[dict[str, Any]], chosen: dict[str, Any], settings: Settings) -> CompareResult:
     finite = [row for row in rows if not row["nonfinite_count"]]
+    if not finite:
+        raise CheckpointError(
+            f"nothing to compare: NaN or Inf in each of the {len(rows)} tensors, among them {rows[0]['name']}; "
+            f"`deltalens analyze {runs.source.path} RUN` says of each run which of its tensors are finite"
+        )
     pooled = pooled_rows(finite, runs.names, settings.seed)
     count = sum(row["parameters"] for row in finite)
     warnings = list(runs.warnings)

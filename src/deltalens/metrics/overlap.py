@@ -231,7 +231,7 @@ def subspace_similarities(bases: Sequence[np.ndarray | None]) -> list[tuple[floa
     held = [base for base in bases if base is not None]
     if len(held) < 2:
         return [(None, 0)] * (len(bases) * (len(bases) - 1) // 2)
-    joined = np.concatenate([base.astype(np.float64) for base in held], axis=1)
+    joined = np.concatenate(held, axis=1, dtype=np.float64)
     squares = (joined.T @ joined) ** 2
     ranks = [0 if base is None else base.shape[1] for base in bases]
     starts = np.concatenate([[0], np.cumsum(ranks)])

@@ -37,7 +37,7 @@ PLAIN = 0  # nothing: most lines hold a position, and the processor fetches them
 IN_ORDER = 1  # all entries are read in order first, which the processor fetches ahead, whereas it waits for jumps
 FETCHED = 2  # the positions' lines are asked for ahead, as most hold no position
 IN_ORDER_FROM, FETCHED_FROM = 8, 40  # between them whichever is faster here: a Zen 4 reads in order, a Xeon fetches
-TRIED, TRIED_STEPS = 1 << 24, 40  # float32 entries (more than caches hold) and the largest step between positions
+TRIED, TRIED_STEPS = 1 << 24, 40  # float32 entries (beyond a core's own caches); steps between positions are shorter
 CACHED = 1 << 22  # elements of a gradient up to which it is in a cache when it comes; there the lines are fetched
 CACHED_FETCHED_FROM = 10
 

@@ -75,7 +75,6 @@ def teacher_replies(
         cache: JSON lines: a first line that says what the replies are of, then a reply each.
         on_progress: called with replies done and in all.
     """
-
     key = _key(run, teacher, examples)
     replies = _cached(cache, key, len(examples))
     if replies is None:
