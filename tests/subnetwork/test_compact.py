@@ -2,6 +2,7 @@
 
 import copy
 import io
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from torch import nn
 
 from deltalens import SubnetworkMask
 from deltalens.errors import ConfigError
+from deltalens.subnetwork import compact
 from deltalens.subnetwork.optimizers import CompactAdamW, CompactRMSprop, CompactSGD, CompactSGDMomentum
 
 
@@ -30,21 +32,54 @@ def mask_of(**bits):
     return SubnetworkMask.from_dense(dense, rule="test", source_hash="0" * 64)
 
 
-def test_dense_gradients_are_freed_and_empty_tensors_ask_for_none():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_dense_gradients_are_freed_and_empty_tensors_ask_for_none(threads):
+    """At once on one thread; on more some wait for the others, but no more than a few bytes."""
     model = small()
     mask = random_mask(model, 0.2)
     optimizer = CompactAdamW(model, mask)
-    alive = []
+    alive, waiting = [], []
+    compact_bytes = 4 * sum(mask.count(name) for name in mask.names())
+
+    def look(_):  # runs after ours
+        alive.append(sum(p.grad is not None for p in model.parameters()))
+        waiting.append(optimizer.held_bytes()["gradients"] - compact_bytes)
+
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (mask.count(name) > 0)
-        if parameter.requires_grad:  # runs after ours
-            parameter.register_post_accumulate_grad_hook(
-                lambda _: alive.append(sum(p.grad is not None for p in model.parameters()))
-            )
-    loss_of(model, batch(0)).backward()
-    assert len(alive) == sum(mask.count(name) > 0 for name in mask.names())
-    assert not any(alive)
-    assert optimizer.held_bytes()["gradients"] == 4 * sum(mask.count(name) for name in mask.names())
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(look)
+    with mock.patch.object(compact, "TOGETHER", 500), mock.patch.object(torch, "get_num_threads", return_value=threads):
+        loss_of(model, batch(0)).backward()
+        assert len(alive) == sum(mask.count(name) > 0 for name in mask.names())
+        assert not any(alive)
+        assert all(0 <= size < 500 for size in waiting)
+        assert any(waiting) == (threads > 1)
+        optimizer.clip_grad_norm(1.0)
+        assert optimizer.held_bytes()["gradients"] == compact_bytes
+
+
+@pytest.mark.parametrize("together", [1, 500, 1 << 30])
+def test_gradients_that_wait_are_those_that_do_not(together):
+    """Accumulated over backward passes, so that a tensor's second gradient comes while its first one waits."""
+    norms = []
+    for threads in (1, 2):
+        model = small()
+        optimizer = CompactAdamW(model, random_mask(model, 0.2), lr=1e-2)
+        lend = mock.patch.object(torch, "get_num_threads", return_value=threads)
+        with lend, mock.patch.object(compact, "TOGETHER", together):
+            loss_of(model, batch(3)).backward()
+            optimizer.zero_grad()  # forgets those that wait, too
+            for i in range(3):
+                loss_of(model, batch(i)).backward()
+            if optimizer._waiting:
+                with pytest.raises(ConfigError, match="after a step"):
+                    optimizer.change_mask(random_mask(model, 0.1))
+            norms.append(optimizer.clip_grad_norm(1.0))
+            optimizer.step()
+            norms.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert torch.equal(norms[0], norms[2])
+    assert torch.equal(norms[1], norms[3])
 
 
 def test_detach_gives_the_gradients_back():

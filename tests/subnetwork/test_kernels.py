@@ -12,15 +12,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deltalens import CompactAdamW, SubnetworkMask
-from deltalens.subnetwork import kernels
+from deltalens.subnetwork import kernels, threads
 
 
-@pytest.fixture(autouse=True, scope="module")
-def many_pieces_and_threads():
-    """Pieces so short that a small tensor has several, on two threads, and gradients in each way."""
+@pytest.fixture(autouse=True, scope="module", params=["torch's threads", "a pool", "one"])
+def many_pieces_and_threads(request):
+    """Pieces so short that a small tensor has several, on two threads (or one), and gradients in each way."""
     small = mock.patch.multiple(kernels, PIECE=200, CACHED=1000)
-    with small, mock.patch.object(torch, "get_num_threads", return_value=2):
-        yield
+    count = mock.patch.object(torch, "get_num_threads", return_value=1 if request.param == "one" else 2)
+    if request.param == "a pool":
+        with small, count, mock.patch.object(threads, "_openmp", return_value=None):
+            yield
+    else:
+        with small, count:
+            yield
 
 
 def positions(size, density, rng):
@@ -40,10 +45,11 @@ def test_gather_and_scatter(size, density, dtype, seed):
     dense = torch.from_numpy(rng.standard_normal(size, np.float32)).to(dtype)
     before = torch.from_numpy(rng.standard_normal(len(index), np.float32))
     out = before.clone()
-    gather = kernels.gatherer(index, out, size)
-    gather(dense, True)
+    rows, double, twice = kernels.gatherer(index, out, size), dense + dense, torch.empty_like(out)
+    kernels.gather([rows(dense, True), kernels.gatherer(index, twice, size)(double, False)])
     assert torch.equal(out, before + dense[index.long()].float())
-    gather(dense, False)
+    assert torch.equal(twice, 2 * dense[index.long()].float())
+    kernels.gather([rows(dense, False)])
     assert torch.equal(out, dense[index.long()].float())
 
     for width in (dtype, torch.float64, torch.float16):
@@ -65,7 +71,7 @@ def test_the_processor_chooses_between_ways_that_give_the_same(way, dtype):
     dense = torch.from_numpy(rng.standard_normal(40_000, np.float32)).to(dtype)
     out, values = torch.empty(len(index)), torch.from_numpy(rng.standard_normal(len(index), np.float32)).to(dtype)
     with mock.patch.object(kernels, "_faster_way", return_value=way) as asked:
-        kernels.gatherer(index, out, dense.numel())(dense, False)
+        kernels.gather([kernels.gatherer(index, out, dense.numel())(dense, False)])
         assert torch.equal(out, dense[index.long()].float())
         wanted = dense.clone()
         wanted[index.long()] = values
@@ -162,6 +168,30 @@ def test_steps_of_other_tensors_and_of_weights_that_were_moved():
     for parameter, master in zip(model.parameters(), masters, strict=True):
         torch.testing.assert_close(parameter, master, rtol=0, atol=1e-6)
     assert all(torch.equal(old, then) for old, then in left)
+
+
+def test_masters_of_weights_that_someone_else_wrote():
+    """Where a weight was written since the last step it counts; elsewhere the master goes on as it was."""
+    rng = np.random.default_rng(5)
+    model = Two((30, 50), torch.bfloat16, rng)
+    dense = {"drawn": rng.random((30, 50)) < 0.3, "always": np.arange(5) < 3}
+    optimizer = CompactAdamW(model, SubnetworkMask.from_dense(dense, rule="drawn", source_hash="0" * 64), lr=1e-3)
+    masters = [nn.Parameter(p.detach().float()) for p in model.parameters()]
+    twin = torch.optim.AdamW(masters, lr=1e-3)
+    bits = [torch.from_numpy(dense[name]) for name in ("drawn", "always")]
+    for i in range(6):
+        if i == 3:
+            with torch.no_grad():
+                model.drawn[:10] = 2.0
+                masters[0][:10] = 2.0
+        gradients = [torch.from_numpy(rng.standard_normal(p.shape, np.float32)).bfloat16().float() for p in masters]
+        push(model, gradients)
+        optimizer.step()
+        dense_step(masters, twin, bits, gradients)
+    (drawn,) = [tensor for tensor in optimizer.tensors if tensor.name == "drawn"]
+    expected = masters[0].detach().reshape(-1)[drawn.positions()]
+    torch.testing.assert_close(drawn.values.detach(), expected, rtol=0, atol=1e-6)
+    assert torch.equal(drawn.weights[drawn.positions()], drawn.values.detach().bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,7 +3,7 @@
 A hook on each parameter gathers the masked entries of its gradient into a float32 buffer and frees the dense gradient
 before the next layer's is made. The optimizer, torch's own, updates one small float32 tensor each, which holds the
 masked weights and is written back after each step; everything off the mask keeps its bits. On a CPU compiled loops do
-the gathering and writing back, and AdamW as a whole on float32 weights (`kernels`).
+the gathering and writing back (`kernels`), and AdamW as a whole (`adamw`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from deltalens.subnetwork.distributed import (
 )
 
 __all__ = ["CompactOptimizer"]
+
+TOGETHER = 16 << 20  # bytes of dense gradients, about a small model's layer, that wait to be gathered by all threads
 
 
 @dataclass(slots=True)
@@ -84,6 +86,8 @@ class CompactOptimizer(torch.optim.Optimizer):
         self.tensors: list[CompactTensor] = []
         self._no_decay = frozenset(no_decay)
         self._buffers: list[Buffer] = []
+        self._waiting: dict[CompactTensor, Tensor] = {}  # dense gradients that are still to be gathered
+        self._waiting_bytes = 0
         self._reduced = False
         self._hooks: list[Any] = []
         groups = self._attach(mask)
@@ -112,6 +116,7 @@ class CompactOptimizer(torch.optim.Optimizer):
                     hook = partial(self._collect, tensor)
                     self._hooks.append(one.parameter.register_post_accumulate_grad_hook(hook))
         self._buffers, self._reduced = [], False
+        self._forget_waiting()
         return groups
 
     def detach(self) -> None:
@@ -130,7 +135,25 @@ class CompactOptimizer(torch.optim.Optimizer):
         gradient = local_tensor(whole)
         if not self._buffers or tensor.grad.device != gradient.device:
             self._allocate()
-        tensor.collect(gradient)
+        if not tensor.may_wait(gradient) or not gradient.is_contiguous():
+            tensor.collect(gradient)
+            return
+        if tensor in self._waiting:
+            self._gather_waiting()
+        self._waiting[tensor] = gradient
+        self._waiting_bytes += gradient.nbytes
+        # To start threads for each gradient takes as long as gathering it; one thread finds it in its cache at once.
+        if torch.get_num_threads() == 1 or self._waiting_bytes >= TOGETHER:
+            self._gather_waiting()
+
+    def _gather_waiting(self) -> None:
+        if self._waiting:
+            kernels = next(iter(self._waiting)).kernels
+            kernels.gather([tensor.collecting(gradient) for tensor, gradient in self._waiting.items()])
+            self._forget_waiting()
+
+    def _forget_waiting(self) -> None:
+        self._waiting, self._waiting_bytes = {}, 0
 
     def _allocate(self) -> None:
         """One buffer a device and dtype, at the first gradient: by then the model is where it stays."""
@@ -148,6 +171,7 @@ class CompactOptimizer(torch.optim.Optimizer):
 
     def _reduce(self) -> None:
         """Make the buffers whole: zeros where no gradient came, and the average over the ranks."""
+        self._gather_waiting()
         if self._reduced:
             return
         if not self._buffers:
@@ -216,6 +240,7 @@ class CompactOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the accumulated gradients."""
         self._reduced = False
+        self._forget_waiting()
         for tensor in self.tensors:
             tensor.filled = False
             tensor.parameter.grad = None
@@ -284,7 +309,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         Raises:
             ConfigError: model and mask do not fit, or gradients have been accumulated that no step has used.
         """
-        if any(tensor.filled for tensor in self.tensors):
+        if self._waiting or any(tensor.filled for tensor in self.tensors):
             raise ConfigError("change the mask after a step, not between a backward and its step")
         saved = self.state_dict()
         groups = self._attach(mask)
@@ -302,7 +327,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         kept = [value for state in self.state.values() for value in state.values() if isinstance(value, Tensor)]
         indices = [t for tensor in self.tensors for t in (tensor.index, tensor.basis) if t is not None]
         return {
-            "gradients": sum(buffer.flat.nbytes for buffer in self._buffers),
+            "gradients": sum(held.nbytes for held in (*(b.flat for b in self._buffers), *self._waiting.values())),
             "state": sum(value.nbytes for value in kept),
             "masters": sum(tensor.copied_bytes for tensor in self.tensors),
             "indices": sum(index.nbytes for index in indices),

@@ -121,7 +121,7 @@ class CompactTensor:
         self.grad = self.nothing(weights.device)
         self.filled = False
         self.kernels: Any = None
-        self._gather: Callable[[Tensor, bool], None] | None = None
+        self._gather: Callable[[Tensor, bool], np.ndarray] | None = None
         self._version = -1  # torch's count of writes to the weights, after this one's own
 
     def nothing(self, device: torch.device) -> Tensor:
@@ -156,19 +156,29 @@ class CompactTensor:
             assert self.index is not None
             self._gather = self.kernels.gatherer(self.index, self.grad, self.size)
 
+    def may_wait(self, gradient: Tensor) -> bool:
+        """Whether `collecting` serves a dense gradient, so that several tensors' are collected at once, by threads."""
+        return self._gather is not None and self.basis is None and gradient.dtype in _GATHERED
+
+    def collecting(self, gradient: Tensor) -> np.ndarray:
+        """The work, for `kernels.gather`, of adding the trained entries of a contiguous dense gradient."""
+        assert self._gather is not None
+        rows = self._gather(gradient, self.filled)
+        self.filled = True
+        return rows
+
     def collect(self, gradient: Tensor) -> None:
         """Add the trained entries of a dense gradient (of this rank's part)."""
         if self.basis is not None:
             gradient = (gradient.to(torch.float32) @ self.basis) @ self.basis.T
+        flat, into = gradient.reshape(-1), self.grad.view(-1)
         if self._gather is not None and gradient.dtype in _GATHERED:
-            self._gather(gradient, self.filled)
+            self.kernels.gather([self.collecting(flat)])
+        elif self.index is not None and not self.filled and flat.dtype == self.dtype:
+            torch.index_select(flat, 0, self.index, out=into)
         else:
-            flat, into = gradient.reshape(-1), self.grad.view(-1)
-            if self.index is not None and not self.filled and flat.dtype == self.dtype:
-                torch.index_select(flat, 0, self.index, out=into)
-            else:
-                taken = flat if self.index is None else flat.index_select(0, self.index)
-                into.add_(taken) if self.filled else into.copy_(taken)
+            taken = flat if self.index is None else flat.index_select(0, self.index)
+            into.add_(taken) if self.filled else into.copy_(taken)
         self.filled = True
 
     def load(self) -> None:
@@ -199,7 +209,11 @@ class CompactTensor:
             else:
                 bits = _INTEGERS[flat.element_size()]  # faster than bfloat16's own
                 flat.view(bits).scatter_(0, self.index.long(), new.view(bits))
-        self._version = flat._version
+        self.stored()
+
+    def stored(self) -> None:
+        """The weights are what `values` says: so `load` need not look at them until someone else writes them."""
+        self._version = self.weights._version
 
     @property
     def copied_bytes(self) -> int:

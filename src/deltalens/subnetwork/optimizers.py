@@ -20,7 +20,7 @@ from deltalens.subnetwork.coordinates import CompactTensor, Restriction
 from deltalens.subnetwork.distributed import local_tensor
 
 if TYPE_CHECKING:
-    from deltalens.subnetwork.kernels import AdamW
+    from deltalens.subnetwork.adamw import AdamW
 
 __all__ = [
     "CompactAdamW",
@@ -37,36 +37,44 @@ __all__ = [
 class CompactAdamW(CompactOptimizer, torch.optim.AdamW):
     """`torch.optim.AdamW` on a mask; fused unless `fused` or `foreach` is given.
 
-    Fused on the CPU, float32 weights are updated where they lie by a loop of our own, as torch would but for rounding.
+    Fused on the CPU, a loop of our own updates float32 weights where they lie, and bfloat16 ones by way of their
+    masters, as torch would but for rounding.
     """
 
     def __init__(self, model: nn.Module, mask: Restriction, **settings: Any) -> None:
         super().__init__(model, mask, **_fused(settings))
-        self._in_place: AdamW | None = None  # of the tensors of the last step
+        self._loop: AdamW | None = None  # of the tensors of the last step
 
     def _update(self, moving: list[CompactTensor]) -> None:
         groups = {id(p): group for group in self.param_groups if _is_plain(group) for p in group["params"]}
-        in_place, rest = [], []
+        by_loop, updates, rest = [], [], []
         for tensor in moving:
             group = groups.get(id(tensor.values))
             weights: Tensor = tensor.parameter
             if isinstance(weights, DTensor):
                 weights = local_tensor(weights)
-            if group is None or tensor.kernels is None or weights.dtype != torch.float32:
+            if group is None or tensor.kernels is None or weights.dtype not in (torch.float32, torch.bfloat16):
                 rest.append(tensor)
                 continue
+            if tensor.has_master:
+                tensor.load()
             state = self.state[tensor.values]
             if not state:
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(tensor.grad) for _ in range(2))
             assert tensor.index is not None
-            in_place.append((weights, tensor.index, tensor.grad, state, group))
-        if in_place:
-            if self._in_place is None or not self._in_place.serves(in_place):
-                from deltalens.subnetwork.kernels import AdamW
+            by_loop.append(tensor)
+            master = tensor.values if tensor.has_master else None
+            updates.append((weights, master, tensor.index, tensor.grad, state, group))
+        if updates:
+            if self._loop is None or not self._loop.serves(updates):
+                from deltalens.subnetwork.adamw import AdamW, Update
 
-                self._in_place = AdamW(in_place)
-            self._in_place.step()
+                self._loop = AdamW([Update(*update) for update in updates])
+            self._loop.step()
+            for tensor in by_loop:
+                if tensor.has_master:
+                    tensor.stored()
         if rest:
             super()._update(rest)
 
