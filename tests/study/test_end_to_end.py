@@ -9,10 +9,42 @@ import pytest
 from deltalens.errors import ConfigError
 from deltalens.patch import pack
 from deltalens.study import Outcome, Runner, load_study, write_pages
-from deltalens.study.plan import train_config
-from deltalens.study.steps import restore
+from deltalens.study.steps import restore, run_config
 from deltalens.subnetwork import SubnetworkMask
 from deltalens.train.run import train
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_precision_is_what_the_processor_is_good_at(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulated: bool
+) -> None:
+    """Not where the study says which, nor where a run was begun elsewhere; the hash knows nothing of it."""
+    monkeypatch.setattr("deltalens.train.models.bfloat16_is_emulated", lambda: emulated)
+    study = load_study(
+        {
+            "name": "tiny",
+            "source": str(tiny_model),
+            "task": "sums",
+            "defaults": {"steps": 1, "prompts_per_step": 2, "max_new_tokens": 2, "warmup_steps": 0},
+            "runs": {
+                "teacher": {"method": "sft"},
+                "opd": {"method": "opd", "teacher": "teacher"},
+                "said": {"method": "sft", "bf16": True},
+            },
+            "evaluate": {"problems": 2, "max_new_tokens": 2},
+        }
+    )
+    runner = Runner(study, tmp_path)
+    steps = runner.plan.steps
+    assert run_config(steps["train:opd-s0"], tmp_path).bf16 is not emulated
+    assert run_config(steps["train:opd-s0"], tmp_path).teacher_dtype == ("float32" if emulated else "bfloat16")
+    assert run_config(steps["train:said-s0"], tmp_path).bf16
+    runner.run("teacher")
+    record = runner.records["train:teacher-s0"]
+    assert record["numbers"]["autocast"] == (None if emulated else "bfloat16")
+    monkeypatch.setattr("deltalens.train.models.bfloat16_is_emulated", lambda: not emulated)
+    assert run_config(steps["train:teacher-s0"], tmp_path).bf16 is not emulated
+    assert Runner(study, tmp_path).current("train:teacher-s0")
 
 
 def test_study_of_a_tiny_model(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,10 +112,10 @@ def test_study_of_a_tiny_model(tiny_model: Path, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("deltalens.train.run.build_trainer", never)
     monkeypatch.setattr("deltalens.train.evaluate.generate", never)
-    asked = train_config(made.plan.steps["train:opd-s0"], tmp_path)
+    asked = run_config(made.plan.steps["train:opd-s0"], tmp_path)
     for every in (None, 2):  # it has every snapshot
         train(asked.model_copy(update={"snapshot_every": every}), tmp_path / "runs" / "opd-s0", quiet=True)
-    teacher = train_config(made.plan.steps["train:teacher-s0"], tmp_path)
+    teacher = run_config(made.plan.steps["train:teacher-s0"], tmp_path)
     with pytest.raises(ConfigError, match="another snapshot_every"):
         train(teacher.model_copy(update={"snapshot_every": 1}), tmp_path / "runs" / "teacher-s0", quiet=True)
     again = Runner(study, tmp_path)

@@ -93,6 +93,10 @@ def _versions(runner: Runner) -> list[str]:
     lines = []
     for step in runner.plan.steps:
         if runner.current(step):
-            made = runner.records[step].get("made_with") or {}
-            lines.append(", ".join(value if key == "machine" else f"{key} {value}" for key, value in made.items()))
+            record = runner.records[step]
+            made = record.get("made_with") or {}
+            parts = [value if key == "machine" else f"{key} {value}" for key, value in made.items()]
+            if record["numbers"].get("autocast", "bfloat16") is None:
+                parts.append("trained in float32 throughout, without autocast")
+            lines.append(", ".join(parts))
     return list(dict.fromkeys(lines))

@@ -12,7 +12,7 @@ from deltalens.errors import ConfigError
 from deltalens.files import whole_file
 from deltalens.study.plan import ModelRef, Step, train_config
 
-__all__ = ["PERFORM", "Made", "identity", "made_at", "perform", "restore"]
+__all__ = ["PERFORM", "Made", "identity", "made_at", "perform", "restore", "run_config"]
 
 Numbers = dict[str, Any]
 Made = tuple[str, Numbers]
@@ -107,10 +107,35 @@ def _build(step: Step, folder: Path, rate: float | None, quiet: bool) -> Made:
     return model_hash(made), {}
 
 
+def run_config(step: Step, folder: Path, rate: float | None = None) -> Any:
+    """The config of a train step in the precision in which it is trained: that of the run where it was begun, else
+    float32 where bfloat16 has no instructions, unless the study says which.
+
+    It is not in the step's hash: like the kind of processor, which changes a run's bits too, it is named in the record.
+    """
+    from deltalens.train.models import bfloat16_is_emulated
+
+    run = train_config(step, folder, rate)
+    begun = made_at(step, folder) / "manifest.json"
+    if begun.is_file():
+        precision = _config_in(begun)
+    else:
+        precision = {"bf16": False, "teacher_dtype": "float32"} if bfloat16_is_emulated() else {}
+    open_to_choice = {"bf16", "teacher_dtype"} & set(type(run).model_fields) - set(step.config)
+    return run.model_copy(update={key: precision[key] for key in sorted(open_to_choice) if key in precision})
+
+
+def _config_in(manifest: Path) -> Numbers:
+    try:
+        return dict(json.loads(manifest.read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # `train` says what is wrong with it
+
+
 def _train(step: Step, folder: Path, rate: float | None, quiet: bool) -> Made:
     from deltalens.train.run import model_hash, train
 
-    run = train_config(step, folder, rate)
+    run = run_config(step, folder, rate)
     try:
         made = train(run, made_at(step, folder), quiet=quiet)
     except ConfigError as error:  # a study has no --fresh: hours of training are for a person to remove
@@ -123,6 +148,7 @@ def _train(step: Step, folder: Path, rate: float | None, quiet: bool) -> Made:
         "learning_rate": run.learning_rate,
         "steps": run.steps,
         "weights": run.weights,
+        "autocast": "bfloat16" if run.bf16 else None,
         "loss": [made.log[0]["loss"], made.log[-1]["loss"]] if made.log else [],
         "seconds": manifest.get("seconds"),
     }
