@@ -77,10 +77,10 @@ def test_the_cache_changes_nothing(pair: tuple[Path, Path], results: dict[str, A
         again = analyze(*pair, settings=Settings(spectrum="fast"), cache=tmp_path)
         assert again.tensors.equals(results["fast"].tensors)
     stored = {file.name for file in tmp_path.iterdir()}
-    assert len(stored) == len(SHAPES)  # two of the five matrices are the same
+    assert len(stored) == 2 * len(SHAPES)  # two of the five matrices are the same; factors and masks
     analyze(*pair, settings=Settings(spectrum="fast", seed=1), cache=tmp_path)
     analyze(*pair, settings=Settings(), cache=tmp_path)
-    assert len({file.name for file in tmp_path.iterdir()}) == 3 * len(SHAPES)  # none is taken for another's
+    assert len({file.name for file in tmp_path.iterdir()}) == 6 * len(SHAPES)  # none is taken for another's
 
 
 def test_unchanged_matrix_has_no_spectrum(results: dict[str, AnalysisResult]) -> None:

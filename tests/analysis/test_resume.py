@@ -147,16 +147,26 @@ def test_results_do_not_depend_on_the_number_of_threads(small, whole, tmp_path, 
     assert contents(tmp_path) == whole
 
 
-def test_nor_on_the_cache_of_factorisations(small, whole, tmp_path):
+def never(*_):
+    raise AssertionError("made again")
+
+
+def test_nor_on_the_cache_of_the_source(small, whole, tmp_path, monkeypatch):
     for name in ("cold", "warm"):
         deltalens.analyze(*small, output=tmp_path / name, cache=tmp_path / "cache")
         assert contents(tmp_path / name) == whole
+        # the second time nothing is made of the source alone
+        monkeypatch.setattr("deltalens.analysis.spectral.find_members", never)
+        monkeypatch.setattr("deltalens.analysis.spectral.SpectralColumns.factorise_source", never)
+    monkeypatch.undo()
     stored = sorted((tmp_path / "cache").iterdir())
-    assert len(stored) == 12
-    stored[0].write_bytes(b"not a factorisation")  # made again, not trusted
+    assert len(stored) == 2 * 12
+    kinds = [next(file for file in stored if ("masks" in file.name) == masks) for masks in (True, False)]
+    for file in kinds:
+        file.write_bytes(b"not what it says")  # made again, not trusted
     deltalens.analyze(*small, output=tmp_path / "damaged", cache=tmp_path / "cache")
     assert contents(tmp_path / "damaged") == whole
-    assert stored[0].stat().st_size > 100
+    assert all(file.stat().st_size > 100 for file in kinds)
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from spectra_fixtures import lapack_svd, with_spectrum
 from deltalens.metrics import members
 from deltalens.metrics.blocks import value_blocks
 from deltalens.metrics.masks import MaskSpec, count_bits, magnitude_words, pack_updates
-from deltalens.metrics.members import PrincipalMembers
+from deltalens.metrics.members import PrincipalMembers, find_members
 from deltalens.metrics.spectrum import Factorisation, factorise
 
 SPECS = [MaskSpec(1, 0.01), MaskSpec(1, 0.05), MaskSpec(3, 0.1), MaskSpec(3, 0.5), MaskSpec(6, 0.2)]
@@ -32,7 +32,7 @@ def membership(source: np.ndarray, rank: int, share: float) -> np.ndarray:
 def members_of(source: np.ndarray, specs: list[MaskSpec]) -> PrincipalMembers:
     m, n = source.shape
     factors = factorise(partial(value_blocks, source), max(m, n), min(m, n), max(spec.rank for spec in specs))
-    return PrincipalMembers(factors, source, specs)
+    return find_members(factors, source, specs)
 
 
 def sources() -> dict[str, np.ndarray]:
@@ -97,7 +97,7 @@ def test_a_mask_where_the_sampled_rows_mislead():
     long[np.unique(np.linspace(0, 4999, 1024).astype(int))] = 1.0
     factors = Factorisation(long, np.ones(1), np.ones((50, 1)))
     source = (long @ np.ones((1, 50))).astype(np.float32)
-    held = PrincipalMembers(factors, source, [MaskSpec(1, 0.5)])
+    held = find_members(factors, source, [MaskSpec(1, 0.5)])
     (total,) = held.sums([np.packbits(np.ones(source.shape, bool)), np.packbits(source == 1)])
     assert total.entries == 125_000
     assert total.sums.tolist() == pytest.approx([125_000, 1024 * 50])

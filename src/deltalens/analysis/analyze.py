@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deltalens._version import __version__
-from deltalens.analysis.cache import FactorisationCache
+from deltalens.analysis.cache import SourceCache
 from deltalens.analysis.engine import Progress, measure_all
 from deltalens.analysis.journal import Journal
 from deltalens.analysis.pair import Measured
@@ -56,7 +56,7 @@ def analyze(
         settings: what to compute; `Settings()` by default.
         include, exclude: shell patterns on tensor names.
         master: float32 weights of `trained` before they were rounded; adds the coverages that rounding did not touch.
-        cache: keep the source's factorisations in this folder, and take them from it (about 1.1 × the source's bytes).
+        cache: keep the source's factorisations and principal masks in this folder, and take them from it.
         jobs: threads, one a processor by default; tensors at a time on Ray.
         engine: `local`, or `ray` for a task a tensor on a Ray cluster, with the same rows.
         resume: take up an earlier, unfinished run of the same comparison in `output`.
@@ -93,7 +93,7 @@ def analyze(
         libraries = ("polars",) if output is None else ("polars", "deltalens.report.html", "jinja2")
         threading.Thread(target=lambda: [import_module(name) for name in libraries], daemon=True).start()
         try:
-            shelf = FactorisationCache(Path(cache)) if cache is not None else None
+            shelf = SourceCache(Path(cache)) if cache is not None else None
             how: dict[str, Any] = {"jobs": jobs, "journal": journal, "progress": progress}
             if engine == "ray":
                 from deltalens.analysis.ray_engine import Inputs, measure_all_on_ray

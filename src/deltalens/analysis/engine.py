@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from deltalens.analysis.cache import FactorisationCache
+from deltalens.analysis.cache import SourceCache
 from deltalens.analysis.journal import Journal
 from deltalens.analysis.pair import Buffers, Measured, measure
 from deltalens.analysis.settings import Settings
@@ -147,7 +147,7 @@ def measure_all(
     master: Checkpoint | None = None,
     jobs: int | None = None,
     journal: Journal | None = None,
-    cache: FactorisationCache | None = None,
+    cache: SourceCache | None = None,
     progress: Progress | None = None,
 ) -> list[Measured]:
     """Rows of all pairs, in the pairs' order.
@@ -158,7 +158,7 @@ def measure_all(
         settings: what to compute.
         jobs: threads; one a processor by default, two for a device.
         journal: finished rows are written to it as they come, and taken from it where it has them already.
-        cache: factorisations of the source.
+        cache: what was made of the source alone.
         progress: told after each tensor.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from deltalens.analysis.cache import FactorisationCache
+from deltalens.analysis.cache import SourceCache
 from deltalens.analysis.settings import KINDS, Settings, mask_shares, mask_suffix, ratio_suffix
 from deltalens.checkpoint.base import DTYPE_BYTES, Checkpoint
 from deltalens.checkpoint.formats.peft import LoraSource
@@ -82,7 +82,7 @@ def measure(
     settings: Settings,
     master: Checkpoint | None = None,
     buffers: Buffers | None = None,
-    cache: FactorisationCache | None = None,
+    cache: SourceCache | None = None,
 ) -> Measured:
     """Every metric of one tensor.
 
@@ -92,7 +92,7 @@ def measure(
         settings: what to compute.
         master: float32 weights of TRAINED before rounding, for the `…_master` coverages.
         buffers: the calling thread's read buffers.
-        cache: factorisations of the source, taken from it and put into it.
+        cache: what was made of the source alone, taken from it and put into it.
 
     Raises:
         CheckpointError: a tensor's bytes cannot be read.
@@ -121,7 +121,7 @@ def measure_against(
     buffers: Buffers,
     *,
     master: Checkpoint | None = None,
-    cache: FactorisationCache | None = None,
+    cache: SourceCache | None = None,
     columns_of: Callable[..., SpectralColumns] | None = None,
     seen: Seen | None = None,
     hashed: bool = True,
@@ -167,13 +167,12 @@ def measure_against(
     spectral = make(left, right, coordinates, tau, nulls, settings, _low_rank(pair, trained, settings))
     if side.factorised is not None:
         spectral.share_source(side.factorised)
-    elif cache is not None:
-        assert result.source_hash is not None
-        how = "exact" if settings.spectrum == "exact" else f"{settings.spectrum}-seed{settings.seed}"
-        key = result.source_hash, shape, spectral.k, settings.compare
-        spectral.source = cache.get(*key, spectral.factorise_source, how=how)
     else:
-        spectral.source = spectral.factorise_source()
+        if cache is not None:
+            assert result.source_hash is not None
+            how = "exact" if settings.spectrum == "exact" else f"{settings.spectrum}-seed{settings.seed}"
+            cache = cache.of(result.source_hash, shape, spectral.k, settings.compare, how)
+        spectral.take_source(cache)
     side.factorised = spectral
     row |= spectral.columns()
     result.spectra = spectral.spectra

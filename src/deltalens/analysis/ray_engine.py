@@ -17,7 +17,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from deltalens.analysis.cache import FactorisationCache
+from deltalens.analysis.cache import SourceCache
 from deltalens.analysis.engine import Progress, Rows
 from deltalens.analysis.journal import Journal
 from deltalens.analysis.pair import Measured, measure
@@ -42,7 +42,7 @@ class Inputs:
     Attributes:
         source, trained, master: absolute paths, or Hub ids.
         files: name and bytes of every file of each, as the command found them.
-        cache: folder of the source's factorisations, which all nodes see.
+        cache: folder of what was made of the source alone, which all nodes see.
         settings: what to compute.
     """
 
@@ -59,7 +59,7 @@ class Inputs:
         source: Checkpoint,
         trained: Checkpoint,
         master: Checkpoint | None,
-        cache: FactorisationCache | None,
+        cache: SourceCache | None,
         settings: Settings,
     ) -> Inputs:
         sides = [side for side in (source, trained, master) if side is not None]
@@ -191,7 +191,7 @@ def _reach(address: str) -> None:
 def _measure(inputs: Inputs, pair: TensorPair) -> Measured:
     """In a worker. One BLAS thread, as in the local engine: a row then does not depend on where it was made."""
     source, trained, master = _open(inputs)
-    cache = FactorisationCache(Path(inputs.cache)) if inputs.cache is not None else None
+    cache = SourceCache(Path(inputs.cache)) if inputs.cache is not None else None
     with threadpool_limits(1):
         return measure(pair, source, trained, inputs.settings, master, cache=cache)
 

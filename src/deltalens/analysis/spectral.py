@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from deltalens.analysis.cache import SourceCache
 from deltalens.analysis.null_draws import permutation_columns, simulated_null
 from deltalens.analysis.settings import KINDS, Settings, mask_shares, mask_suffix, ratio_suffix
 from deltalens.metrics import random_values
@@ -17,7 +18,7 @@ from deltalens.metrics.alignment import DeltaPass, delta_pass, principal_sines, 
 from deltalens.metrics.blocks import at_hand, delta_blocks, is_tall, value_blocks
 from deltalens.metrics.coordinates import Coordinates, low_magnitude_coverage, measure_coordinates
 from deltalens.metrics.masks import MaskSpec, MaskSums, pack_updates
-from deltalens.metrics.members import WORD_COUNT, PrincipalMembers
+from deltalens.metrics.members import WORD_COUNT, PrincipalMembers, find_members
 from deltalens.metrics.rounding_null import RoundingNull, excess
 from deltalens.metrics.spectrum import (
     TOP_ENERGIES,
@@ -64,15 +65,21 @@ class SpectralColumns:
             self.masks.sort(key=lambda item: item[0].rank)
         self.k = max(mask.rank for mask, _ in self.masks)
         self.spectra: dict[str, np.ndarray] = {}
-        self.source: Factorisation  # set by `measure`, which may have it from a cache
+        self.source: Factorisation  # set by `take_source` or `share_source`
+        self.cache: SourceCache | None = None  # for this matrix
         self._members: PrincipalMembers | None = None  # of the source, made when first asked for
 
     def factorise_source(self) -> Factorisation:
         return self._factorise(self.before)
 
+    def take_source(self, cache: SourceCache | None = None) -> None:
+        """Factorise the source, or have it from a cache, which is then asked for its masks as well."""
+        self.cache = cache
+        self.source = self.factorise_source() if cache is None else cache.factorisation(self.factorise_source)
+
     def share_source(self, other: SpectralColumns) -> None:
         """Take over what another checkpoint's columns made of the same source."""
-        self.source, self._members = other.source, other._members
+        self.source, self._members, self.cache = other.source, other._members, other.cache
 
     def _factorise(self, values: np.ndarray) -> Factorisation:
         blocks = at_hand(partial(value_blocks, values), values.shape)
@@ -163,7 +170,9 @@ class SpectralColumns:
     def members(self) -> PrincipalMembers:
         """Of the source's principal masks."""
         if self._members is None:
-            self._members = PrincipalMembers(self.source, self.before, [mask for mask, _ in self.masks])
+            masks = [mask for mask, _ in self.masks]
+            find = partial(find_members, self.source, self.before, masks)
+            self._members = find() if self.cache is None else self.cache.members(masks, find)
         return self._members
 
     def _packed(self) -> tuple[np.ndarray, np.ndarray]:

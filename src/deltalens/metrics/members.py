@@ -8,6 +8,7 @@ which is bounded, could move it across is computed again in float64. Membership 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import numba
@@ -18,7 +19,7 @@ from deltalens.metrics.masks import TIE_TOLERANCE, MaskSpec, MaskSums, count_bit
 from deltalens.metrics.spectrum import Factorisation
 from deltalens.metrics.values import KERNEL, WORDS, ceil_share
 
-__all__ = ["WORD_COUNT", "PrincipalMembers"]
+__all__ = ["WORD_COUNT", "PrincipalMembers", "find_members"]
 
 BLOCK_ELEMENTS = 1 << 18  # 1 MB of R: its loops find it in the cache
 SAMPLED_ROWS = 64, 1024  # of R, at least and at most, for where a threshold lies
@@ -31,6 +32,7 @@ NEAR_CHUNK = 1 << 14  # entries computed again in float64 at once
 WORD_COUNT = 32768
 
 
+@dataclass(frozen=True, slots=True)
 class PrincipalMembers:
     """Membership of every entry, packed, for any number of updates of one source.
 
@@ -44,40 +46,13 @@ class PrincipalMembers:
         histograms: (masks, words) float64, how many entries of each word each mask holds.
     """
 
-    def __init__(self, factors: Factorisation, before: np.ndarray, masks: Sequence[MaskSpec]) -> None:
-        """
-        Args:
-            factors: of the source; at least as many vectors as the largest rank.
-            before: (m, n) prepared values of the source.
-            masks: by ascending rank.
-        """
-        self.masks = tuple(masks)
-        self.entries = [ceil_share(mask.share, prod(before.shape)) for mask in masks]
-        reconstruction = _Reconstruction(factors, before.shape, self.masks)
-        flat = before.reshape(-1)
-        for attempt in range(TRIES + 1):
-            width = CONFIDENCE * 4**attempt if attempt < TRIES else None
-            passes = [_Pass(before.size, low, high) for low, high in reconstruction.stretches(self.entries, width)]
-            for start, blocks in reconstruction.blocks():
-                words = magnitude_words(flat[start : start + reconstruction.block])
-                for one, block in zip(passes, blocks, strict=True):
-                    one.add(block.reshape(-1), start, words)
-            edges = [reconstruction.edges(i, one, self.entries[i]) for i, one in enumerate(passes)]
-            if None not in edges:
-                break
-        self.inside, self.tied, self.shares = [], [], []
-        histograms = np.zeros((len(masks), WORD_COUNT))
-        for one, edge, total in zip(passes, edges, histograms, strict=True):
-            assert edge is not None, "looking at every entry finds the threshold"
-            above, tied, share = edge
-            _include(above, magnitude_words(flat[above]), one.inside, one.words)
-            self.inside.append(one.inside)
-            self.tied.append(tied)
-            self.shares.append(share)
-            total += one.words
-            np.add.at(total, magnitude_words(flat[tied]), share)
-        self.words = np.flatnonzero(histograms.any(axis=0))
-        self.histograms = histograms[:, self.words]
+    masks: tuple[MaskSpec, ...]
+    entries: list[int]
+    inside: list[np.ndarray]
+    tied: list[np.ndarray]
+    shares: list[float]
+    words: np.ndarray
+    histograms: np.ndarray
 
     def sums(self, updates: Sequence[np.ndarray], probabilities: Sequence[np.ndarray] = ()) -> list[MaskSums]:
         """For each mask how many of each packed update it holds, then Σ P(|w|) over it for each of `probabilities`.
@@ -95,6 +70,42 @@ class PrincipalMembers:
             ]
             out.append(MaskSums(entries, np.array([*counts, *(total[i] for total in expected)])))
         return out
+
+
+def find_members(factors: Factorisation, before: np.ndarray, masks: Sequence[MaskSpec]) -> PrincipalMembers:
+    """What the principal masks of a source hold.
+
+    Args:
+        factors: of the source; at least as many vectors as the largest rank.
+        before: (m, n) prepared values of the source.
+        masks: by ascending rank.
+    """
+    entries = [ceil_share(mask.share, prod(before.shape)) for mask in masks]
+    reconstruction = _Reconstruction(factors, before.shape, masks)
+    flat = before.reshape(-1)
+    for attempt in range(TRIES + 1):
+        width = CONFIDENCE * 4**attempt if attempt < TRIES else None
+        passes = [_Pass(before.size, low, high) for low, high in reconstruction.stretches(entries, width)]
+        for start, blocks in reconstruction.blocks():
+            words = magnitude_words(flat[start : start + reconstruction.block])
+            for one, block in zip(passes, blocks, strict=True):
+                one.add(block.reshape(-1), start, words)
+        edges = [reconstruction.edges(i, one, entries[i]) for i, one in enumerate(passes)]
+        if None not in edges:
+            break
+    all_tied, shares = [], []
+    histograms = np.zeros((len(masks), WORD_COUNT))
+    for one, edge, total in zip(passes, edges, histograms, strict=True):
+        assert edge is not None, "looking at every entry finds the threshold"
+        above, tied, share = edge
+        _include(above, magnitude_words(flat[above]), one.inside, one.words)
+        all_tied.append(tied)
+        shares.append(share)
+        total += one.words
+        np.add.at(total, magnitude_words(flat[tied]), share)
+    held = np.flatnonzero(histograms.any(axis=0))
+    inside = [one.inside for one in passes]
+    return PrincipalMembers(tuple(masks), entries, inside, all_tied, shares, held, histograms[:, held])
 
 
 class _Pass:
