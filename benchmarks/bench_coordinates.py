@@ -60,7 +60,7 @@ def ours(source: np.ndarray, trained: np.ndarray, dtype: str) -> None:
     low_magnitude_coverage(c, 0.1)
     for threshold, count in ((tau, c.visible), (0.0, c.nonzero)):
         if (null := fit(c.total_histogram, count, threshold, "bf16")) is not None:
-            expected_low_magnitude_coverage(null, c.total_histogram, [0.1])
+            expected_low_magnitude_coverage(null, [0.1])
 
 
 def by_sorting(source: np.ndarray, trained: np.ndarray, dtype: str) -> None:

@@ -171,10 +171,10 @@ def test_coverage_counts_the_word_at_the_edge_by_the_share_that_fits():
     null = fit(counts, 30, 0.0, "bf16")
     p = null.probability
     total = p @ counts
-    assert expected_low_magnitude_coverage(null, counts, [0.1])[0] == pytest.approx(
+    assert expected_low_magnitude_coverage(null, [0.1])[0] == pytest.approx(
         (5 * p[0x3A00] + 5 * p[0x3B00]) / total, rel=1e-12
     )
-    assert expected_low_magnitude_coverage(null, counts, [0.1, 1.0])[1] == pytest.approx(1.0)
+    assert expected_low_magnitude_coverage(null, [0.1, 1.0])[1] == pytest.approx(1.0)
     inside = np.zeros(32768)
     inside[0x3C00] = 42.5
     assert expected_coverage(null, counts, inside) == pytest.approx(42.5 * p[0x3C00] / total, rel=1e-12)
@@ -187,7 +187,7 @@ def test_an_update_without_preference_has_excess_one():
     for tau in (0.0, TAU):
         c = measure_coordinates(source, moved, threshold=tau)
         null = fit(c.total_histogram, c.visible, tau, "bf16")
-        expected = expected_low_magnitude_coverage(null, c.total_histogram, [0.1])[0]
+        expected = expected_low_magnitude_coverage(null, [0.1])[0]
         # [F], [G] read such a coverage as a preference; all of it is the rounding's.
         assert expected > 0.2
         edge = np.sort(source & 0x7FFF)[30_000]

@@ -307,9 +307,7 @@ def _low_magnitude_columns(
         named.append((settings.mask_share, mask_suffix(settings)))
     shares = mask_shares(settings)
     expected: list[dict[float, float]] = [
-        {}
-        if null is None
-        else dict(zip(shares, expected_low_magnitude_coverage(null, c.total_histogram, shares), strict=True))
+        {} if null is None else dict(zip(shares, expected_low_magnitude_coverage(null, shares), strict=True))
         for null in nulls
     ]
     for ratio, suffix in named:

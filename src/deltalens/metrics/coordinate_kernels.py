@@ -28,8 +28,17 @@ REACH = 7  # steps a word may move, up or down, to be counted in the table of mo
 FAR = 2 * REACH + 1  # that table's column for the words that moved further
 MOVES = FAR + 1  # its columns: a cache line
 BLOCK = 512
+SCANNED = 64  # words at a time that are looked at for any coordinate
 
 COUNTERS = types.int64[::1]
+
+
+@njit(**KERNEL)
+def _sum(part):  # type: ignore[no-untyped-def]
+    total = np.int64(0)
+    for i in range(part.size):  # vector instructions
+        total += part[i]
+    return total
 
 
 @njit(**KERNEL)
@@ -155,42 +164,47 @@ def read_off(total, changed, delta, squares, ranks, lasts, visible, nonzero, top
     changed[0] -= delta[0]  # +0 against -0: the words differ, the values do not
     seen = moved = bad = np.int64(0)
     source_energy = delta_energy = 0.0
-    for i in range(BINS):
-        if not total[i]:
+    for start in range(0, BINS, SCANNED):
+        if not _sum(total[start : start + SCANNED]):
             continue
-        if i >= NONFINITE:
-            bad += total[i]
-        else:
-            source_energy += total[i] * squares[i]
-        visible[i] = changed[2 * i + 1]
-        nonzero[i] = changed[2 * i] + changed[2 * i + 1]
-        seen += visible[i]
-        moved += nonzero[i]
-        changed[2 * i] = changed[2 * i + 1] = 0
+        for i in range(start, start + SCANNED):
+            if i >= NONFINITE:
+                bad += total[i]
+            else:
+                source_energy += total[i] * squares[i]
+            visible[i] = changed[2 * i + 1]
+            nonzero[i] = changed[2 * i] + changed[2 * i + 1]
+            seen += visible[i]
+            moved += nonzero[i]
+            changed[2 * i] = changed[2 * i + 1] = 0
     differ = delta[0]
     delta[0] = 0
-    largest = 0
-    for i in range(BINS):
-        if not delta[i]:
+    for start in range(0, BINS, SCANNED):
+        if not _sum(delta[start : start + SCANNED]):
             continue
-        largest = i
-        differ += delta[i]
-        if i <= NONFINITE:  # the last: Δ of two finite weights may overflow to Inf
-            delta_energy += delta[i] * squares[i]
-        for j in range(lasts.size):
-            if i <= lasts[j]:
-                below[j] += delta[i]
+        for i in range(start, start + SCANNED):
+            if not delta[i]:  # 0 · Inf is no energy
+                continue
+            differ += delta[i]
+            if i <= NONFINITE:  # the last: Δ of two finite weights may overflow to Inf
+                delta_energy += delta[i] * squares[i]
+            for j in range(lasts.size):
+                if i <= lasts[j]:
+                    below[j] += delta[i]
     wanted = ranks.copy()
-    for i in range(largest, 0, -1):
-        if not delta[i]:
+    for start in range(BINS - SCANNED, -1, -SCANNED):
+        if not _sum(delta[start : start + SCANNED]):
             continue
-        if i <= NONFINITE:
-            for j in range(wanted.size):
-                take = min(wanted[j], delta[i])
-                if take:
-                    top_energy[j] += take * squares[i]
-                    wanted[j] -= take
-        delta[i] = 0
+        for i in range(start + SCANNED - 1, start - 1, -1):
+            if not delta[i]:
+                continue
+            if i <= NONFINITE:
+                for j in range(wanted.size):
+                    take = min(wanted[j], delta[i])
+                    if take:
+                        top_energy[j] += take * squares[i]
+                        wanted[j] -= take
+            delta[i] = 0
     return seen, moved, differ, bad, source_energy, delta_energy
 
 
@@ -198,11 +212,19 @@ def read_off(total, changed, delta, squares, ranks, lasts, visible, nonzero, top
 def inside_smallest(total, visible, nonzero, wanted):  # type: ignore[no-untyped-def]
     """How many of the `visible` and of the `nonzero` lie among the `wanted` smallest weights, ties by their share."""
     seen = moved = np.int64(0)
-    for i in range(BINS):
-        if total[i] > wanted:
-            share = wanted / total[i]
-            return seen + share * visible[i], moved + share * nonzero[i]
-        wanted -= total[i]
-        seen += visible[i]
-        moved += nonzero[i]
+    for start in range(0, BINS, SCANNED):
+        held = _sum(total[start : start + SCANNED])
+        if held <= wanted:
+            wanted -= held
+            if held:
+                seen += _sum(visible[start : start + SCANNED])
+                moved += _sum(nonzero[start : start + SCANNED])
+            continue
+        for i in range(start, start + SCANNED):
+            if total[i] > wanted:
+                share = wanted / total[i]
+                return seen + share * visible[i], moved + share * nonzero[i]
+            wanted -= total[i]
+            seen += visible[i]
+            moved += nonzero[i]
     return np.float64(seen), np.float64(moved)

@@ -190,9 +190,9 @@ def from_words(size: int, threshold: float, same_bits: int | None, count: Callab
 
     Without `same_bits` the words are the stored ones.
     """
-    tables, total = _SHELF.take(), np.zeros(BINS, np.int64)
+    # At once: three tables of this size by themselves would each be fetched from the system, and returned to it.
+    tables, (total, visible_histogram, nonzero_histogram) = _SHELF.take(), np.zeros((3, BINS), np.int64)
     nonfinite = count(_word(threshold), tables, total)
-    visible_histogram, nonzero_histogram = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
     ranks, top_energy = np.array([ceil_share(share, size) for share in TOP_SHARES.values()]), np.zeros(len(TOP_SHARES))
     below = np.zeros(len(SPARSITY_THRESHOLDS), np.int64)
     visible, nonzero, differ, bad, source_energy, delta_energy = read_off(

@@ -42,10 +42,15 @@ _FORMATS: dict[str, tuple[int, int]] = {"bf16": (7, -126), "fp16": (10, -14), "f
 
 @dataclass(frozen=True, slots=True)
 class RoundingNull:
-    """A fitted null: `scale` is s, `probability` float64[32768] is P(visible | word), 0 for words without weights."""
+    """A fitted null: `scale` is s, `probability` float64[32768] is P(visible | word), 0 for words without weights.
+
+    `total`: the histogram it was fitted to; `words` (int64, ascending): those that have weights.
+    """
 
     scale: float
     probability: np.ndarray
+    total: np.ndarray
+    words: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +82,10 @@ def fit(
         return None
     classes = _classes(grid, float(tau), fine is not None)
     cells = np.zeros((0, 0), np.int64) if fine is None else fine
-    mass = np.zeros(classes.plus.size)
-    _class_mass(total, words, cells, classes.index, mass)
-    used = np.flatnonzero(mass > 0)
-    plus, minus, share = classes.plus[used], classes.minus[used], mass[used] / size
-    middle = plus[np.searchsorted(np.cumsum(share), 0.5 * share.sum())]  # `plus` ascends
-    scale = _solve_scale(plus, minus, share, observed_count / size, middle)
-    by_class, probability, chance = np.zeros(classes.plus.size), np.zeros(BINS), np.empty(used.size)
-    _probability(plus, minus, scale, chance)
-    by_class[used] = chance
-    _word_probability(words, cells, classes.index, by_class, probability)
-    return RoundingNull(scale, probability)
+    probability = np.zeros(BINS)
+    density = observed_count / size
+    scale = _fit(total, words, size, cells, classes.plus, classes.minus, classes.index, density, probability)
+    return RoundingNull(scale, probability, total, words)
 
 
 _COUNTS = types.Array(types.int64, 1, "C", readonly=True)
@@ -124,20 +122,6 @@ def _occupied(total):  # type: ignore[no-untyped-def]
     return size, words[:found]
 
 
-@njit([types.void(_COUNTS, _WORDS, _CELLS, _CELLS, types.float64[::1])], **KERNEL)
-def _class_mass(total, words, fine, index, mass):  # type: ignore[no-untyped-def]
-    for word in words:
-        for cell in range(index.shape[1]):
-            mass[index[word, cell]] += total[word] * _share(fine, word, cell, index.shape[1])
-
-
-@njit([types.void(_WORDS, _CELLS, _CELLS, DOUBLES, types.float64[::1])], **KERNEL)
-def _word_probability(words, fine, index, by_class, probability):  # type: ignore[no-untyped-def]
-    for word in words:
-        for cell in range(index.shape[1]):
-            probability[word] += by_class[index[word, cell]] * _share(fine, word, cell, index.shape[1])
-
-
 def excess(observed: float | None, null: float | None) -> float | None:
     """Observed ÷ null, None where either is undefined."""
     return observed / null if observed is not None and null else None
@@ -152,18 +136,15 @@ def expected_coverage(null: RoundingNull, total_histogram: np.ndarray, mask_hist
     return float((null.probability * mask_histogram).sum() / (null.probability * total_histogram).sum())
 
 
-def expected_low_magnitude_coverage(
-    null: RoundingNull, total_histogram: np.ndarray, ratios: Sequence[float]
-) -> list[float]:
+def expected_low_magnitude_coverage(null: RoundingNull, ratios: Sequence[float]) -> list[float]:
     """`expected_coverage` of the ⌈ratio · N⌉ smallest weights; the word at the edge counts by the share that fits.
 
     One value for each of `ratios`, which ascend.
     """
-    total = np.ascontiguousarray(total_histogram, np.int64)
-    size, words = _occupied(total)
+    size = int(null.total[null.words].sum())
     inside = np.zeros(len(ratios))
     wanted = np.array([ceil_share(ratio, size) for ratio in ratios], np.int64)
-    everything = _low_magnitude_mass(null.probability, total, words, wanted, inside)
+    everything = _low_magnitude_mass(null.probability, null.total, null.words, wanted, inside)
     return (inside / everything).tolist()
 
 
@@ -270,12 +251,6 @@ def _chance(plus, minus, scale):  # type: ignore[no-untyped-def]
     return 0.5 * (erfc(plus / (sqrt(2.0) * scale)) + erfc(minus / (sqrt(2.0) * scale)))
 
 
-@njit([types.void(DOUBLES, DOUBLES, types.float64, types.float64[::1])], **KERNEL)
-def _probability(plus, minus, scale, out):  # type: ignore[no-untyped-def]
-    for i in range(plus.size):
-        out[i] = _chance(plus[i], minus[i], scale)
-
-
 @njit([types.float64(DOUBLES, DOUBLES, DOUBLES, types.float64, types.float64)], **KERNEL)
 def _solve_scale(plus, minus, share, density, start):  # type: ignore[no-untyped-def]
     """The s at which Σ share · P(s) = density. Newton in log s on the log-odds, held inside a bracket.
@@ -310,3 +285,31 @@ def _solve_scale(plus, minus, share, density, start):  # type: ignore[no-untyped
             break
         x = x_next
     return exp(x)
+
+
+@njit(
+    [types.float64(_COUNTS, _WORDS, types.int64, _CELLS, DOUBLES, DOUBLES, _CELLS, types.float64, types.float64[::1])],
+    **KERNEL,
+)
+def _fit(total, words, size, fine, plus, minus, index, density, probability):  # type: ignore[no-untyped-def]
+    """The scale at which the mean of P is `density`; P of each of `words` is written to `probability`."""
+    mass = np.zeros(plus.size)
+    for word in words:
+        for cell in range(index.shape[1]):
+            mass[index[word, cell]] += total[word] * _share(fine, word, cell, index.shape[1])
+    used = np.flatnonzero(mass)
+    share = mass[used] / size
+    half, below = 0.5 * share.sum(), 0.0
+    middle = used.size - 1
+    for i in range(used.size):  # `plus` ascends
+        below += share[i]
+        if below >= half:
+            middle = i
+            break
+    scale = _solve_scale(plus[used], minus[used], share, density, plus[used[middle]])
+    for occurring in used:
+        mass[occurring] = _chance(plus[occurring], minus[occurring], scale)
+    for word in words:
+        for cell in range(index.shape[1]):
+            probability[word] += mass[index[word, cell]] * _share(fine, word, cell, index.shape[1])
+    return scale
