@@ -147,6 +147,15 @@ def test_results_do_not_depend_on_the_number_of_threads(small, whole, tmp_path, 
     assert contents(tmp_path) == whole
 
 
+def test_the_cache_keeps_masks_apart(small, tmp_path):
+    """Of one rank, and so from the same factors, but of another share."""
+    for share in (0.5, 0.3):
+        settings = deltalens.Settings(mask_rank=2, mask_share=share)
+        deltalens.analyze(*small, output=tmp_path / "alone", settings=settings)
+        deltalens.analyze(*small, output=tmp_path / "cached", settings=settings, cache=tmp_path / "cache")
+        assert contents(tmp_path / "cached") == contents(tmp_path / "alone")
+
+
 def never(*_):
     raise AssertionError("made again")
 

@@ -72,14 +72,24 @@ def test_gradients_that_wait_are_those_that_do_not(together):
             optimizer.zero_grad()  # forgets those that wait, too
             for i in range(3):
                 loss_of(model, batch(i)).backward()
-            if optimizer._waiting:
-                with pytest.raises(ConfigError, match="after a step"):
-                    optimizer.change_mask(random_mask(model, 0.1))
             norms.append(optimizer.clip_grad_norm(1.0))
             optimizer.step()
             norms.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
     assert torch.equal(norms[0], norms[2])
     assert torch.equal(norms[1], norms[3])
+
+
+def test_the_mask_stays_while_gradients_wait():
+    model = nn.Linear(20, 20, bias=False)
+    masks = [mask_of(weight=np.random.default_rng(i).random((20, 20)) < 0.3) for i in range(2)]
+    optimizer = CompactAdamW(model, masks[0])
+    with mock.patch.object(torch, "get_num_threads", return_value=2):
+        model.weight.square().sum().backward()
+        assert optimizer._waiting
+        with pytest.raises(ConfigError, match="after a step"):
+            optimizer.change_mask(masks[1])
+        optimizer.step()
+        optimizer.change_mask(masks[1])
 
 
 def test_detach_gives_the_gradients_back():

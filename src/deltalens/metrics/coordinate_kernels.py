@@ -183,7 +183,7 @@ def read_off(total, changed, delta, squares, ranks, lasts, visible, nonzero, top
         if not _sum(delta[start : start + SCANNED]):
             continue
         for i in range(start, start + SCANNED):
-            if not delta[i]:  # 0 · Inf is no energy
+            if not delta[i]:
                 continue
             differ += delta[i]
             if i <= NONFINITE:  # the last: Δ of two finite weights may overflow to Inf

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deltalens.errors import ConfigError
-from deltalens.train.models import whole_folder
+from deltalens.train.models import quiet_libraries, whole_folder
 
 __all__ = ["cache_folder", "embedded_model"]
 
@@ -116,14 +116,15 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model: Any
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own that no setting turns off
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    # The loader dequantizes, yet goes on calling the model quantized (transformers 5.23): it would refuse to save it,
-    # and a config that says so would be refused on loading.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_libraries():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own that no setting turns off
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        # The loader dequantizes, yet goes on calling the model quantized (transformers 5.23): it would refuse to save
+        # it, and a config that says so would be refused on loading.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
