@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
@@ -90,8 +90,7 @@ def analyze(
             with writing(output, "-o"):
                 journal = Journal(Path(output), _identity(before, after, full, pairing, settings), resume=resume)
         # What the end needs loads while the workers count, who need little of the interpreter.
-        libraries = ("polars",) if output is None else ("polars", "deltalens.report.html", "jinja2")
-        threading.Thread(target=lambda: [import_module(name) for name in libraries], daemon=True).start()
+        threading.Thread(target=_load_rest, args=(output is not None,), daemon=True).start()
         try:
             shelf = SourceCache(Path(cache)) if cache is not None else None
             how: dict[str, Any] = {"jobs": jobs, "journal": journal, "progress": progress}
@@ -112,6 +111,13 @@ def analyze(
             result.save(output)
         journal.remove()
     return result
+
+
+def _load_rest(page: bool) -> None:
+    with suppress(Exception):  # it is said where it is needed
+        import_module("polars")
+        if page:
+            import_module("deltalens.report.html").load_page()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -177,6 +177,7 @@ def measure_all(
         gate=Gate(largest + max(largest // 4, SMALL_ELEMENTS)),
         # Two threads keep a device busy: one reads and hashes while the other's tensor is on it.
         jobs=jobs or (default_jobs() if settings.device == "cpu" else 2),
+        blas=settings.spectrum != "none",
         journal=journal,
         progress=progress,
     )
@@ -188,6 +189,7 @@ def run_all(
     *,
     gate: Gate,
     jobs: int | None = None,
+    blas: bool = True,
     journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> list[Measured]:
@@ -197,6 +199,7 @@ def run_all(
         items: with distinct names.
         work: one item and the calling thread's buffers in, its row out; called from several threads.
         gate: bounds the elements that are worked on at once.
+        blas: whether `work` uses BLAS, which then has one thread a call; to find its libraries takes 30 ms.
         jobs, journal, progress: as `measure_all` has them.
 
     Raises:
@@ -211,7 +214,7 @@ def run_all(
         with gate.largest(waiting, items) as index, shelf.lend(items[index].nbytes) as buffers:
             return index, work(items[index], buffers)
 
-    with threadpool_limits(1), ThreadPoolExecutor(jobs or default_jobs()) as pool:
+    with threadpool_limits(1) if blas else nullcontext(), ThreadPoolExecutor(jobs or default_jobs()) as pool:
         running: set[Future[tuple[int, Measured]]] = {pool.submit(one) for _ in range(len(waiting))}
         try:
             for future in as_completed(running.copy()):

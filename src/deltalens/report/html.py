@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     import jinja2
     from markupsafe import Markup
 
-__all__ = ["page_assets", "render_html", "script_json", "template_environment", "write_html"]
+__all__ = ["load_page", "page_assets", "render_html", "script_json", "template_environment", "write_html"]
 
+_PAGE = "report.html.j2"
 _MAX_ROWS = 2000  # tensors listed in full on the page; tensors.parquet has them all
 
 
@@ -47,7 +49,7 @@ def render_html(tensors: pl.DataFrame, spectra: pl.DataFrame | None, summary: Ma
     data = {"figures": {key: figure for key, figure in figures.items() if figure}, "heatmap": grid, "spectra": curves}
     return (
         template_environment()
-        .get_template("report.html.j2")
+        .get_template(_PAGE)
         .render(
             **page_assets(),
             data=script_json(data),
@@ -81,6 +83,13 @@ def write_html(path: Path, tensors: pl.DataFrame, spectra: pl.DataFrame | None, 
         partial.write_text(page, encoding="utf-8")
 
 
+def load_page() -> None:
+    """Load and compile what `render_html` needs, so that it does not have to."""
+    page_assets()
+    template_environment().get_template(_PAGE)
+
+
+@cache
 def template_environment() -> jinja2.Environment:
     """The pages' templates: everything escaped, and an error for what a template names and is not given."""
     import jinja2  # here, as plotly below: both are slow to import and a terminal report needs neither
@@ -94,6 +103,7 @@ def template_environment() -> jinja2.Environment:
     )
 
 
+@cache
 def page_assets() -> dict[str, Markup]:
     """`css`, `script` and `plotly` of a page, to be put in as they are."""
     from markupsafe import Markup
