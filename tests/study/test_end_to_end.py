@@ -30,6 +30,7 @@ def test_precision_is_what_the_processor_is_good_at(
                 "teacher": {"method": "sft"},
                 "opd": {"method": "opd", "teacher": "teacher"},
                 "said": {"method": "sft", "bf16": True},
+                "narrow": {"method": "sft", "weights": "bfloat16"},
             },
             "evaluate": {"problems": 2, "max_new_tokens": 2},
         }
@@ -39,6 +40,7 @@ def test_precision_is_what_the_processor_is_good_at(
     assert run_config(steps["train:opd-s0"], tmp_path).bf16 is not emulated
     assert run_config(steps["train:opd-s0"], tmp_path).teacher_dtype == ("float32" if emulated else "bfloat16")
     assert run_config(steps["train:said-s0"], tmp_path).bf16
+    assert run_config(steps["train:narrow-s0"], tmp_path).bf16
     runner.run("teacher")
     record = runner.records["train:teacher-s0"]
     assert record["numbers"]["autocast"] == (None if emulated else "bfloat16")

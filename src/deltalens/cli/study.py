@@ -96,7 +96,8 @@ def _versions(runner: Runner) -> list[str]:
             record = runner.records[step]
             made = record.get("made_with") or {}
             parts = [value if key == "machine" else f"{key} {value}" for key, value in made.items()]
-            if record["numbers"].get("autocast", "bfloat16") is None:
+            numbers = record["numbers"]
+            if numbers.get("weights") == "float32" and numbers.get("autocast", "bfloat16") is None:
                 parts.append("trained in float32 throughout, without autocast")
             lines.append(", ".join(parts))
     return list(dict.fromkeys(lines))

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 from numba import njit, types
 
+from deltalens.metrics.coordinate_kernels import BINS, SCANNED
 from deltalens.metrics.values import DOUBLES, KERNEL, SINGLES, ceil_share
 
 __all__ = [
@@ -33,9 +34,7 @@ __all__ = [
 ]
 
 Grid = Literal["bf16", "fp16", "fp32"]
-BINS = 32768
 FINE_CELLS = 16
-SCANNED = 64  # words at a time that are looked at for any weight
 # Mantissa bits without the leading one, exponent of the smallest normal number.
 _FORMATS: dict[str, tuple[int, int]] = {"bf16": (7, -126), "fp16": (10, -14), "fp32": (23, -126)}
 

@@ -109,7 +109,7 @@ def _build(step: Step, folder: Path, rate: float | None, quiet: bool) -> Made:
 
 def run_config(step: Step, folder: Path, rate: float | None = None) -> Any:
     """The config of a train step in the precision in which it is trained: that of the run where it was begun, else
-    float32 where bfloat16 has no instructions, unless the study says which.
+    float32 where bfloat16 has no instructions and the weights are float32, unless the study says which.
 
     It is not in the step's hash: like the kind of processor, which changes a run's bits too, it is named in the record.
     """
@@ -120,7 +120,8 @@ def run_config(step: Step, folder: Path, rate: float | None = None) -> Any:
     if begun.is_file():
         precision = _config_in(begun)
     else:
-        precision = {"bf16": False, "teacher_dtype": "float32"} if bfloat16_is_emulated() else {}
+        slow = run.weights == "float32" and bfloat16_is_emulated()  # bfloat16 weights are multiplied as they are
+        precision = {"bf16": False, "teacher_dtype": "float32"} if slow else {}
     open_to_choice = {"bf16", "teacher_dtype"} & set(type(run).model_fields) - set(step.config)
     return run.model_copy(update={key: precision[key] for key in sorted(open_to_choice) if key in precision})
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deltalens.metrics.values import SINGLES, narrow_single
 from deltalens.subnetwork import kernels
-from deltalens.subnetwork.kernels import AHEAD, BLOCK, FETCHED, IN_ORDER, INDEX, INTO, PLAIN, fetch, stream
+from deltalens.subnetwork.kernels import AHEAD, BLOCK, FETCHED, IN_ORDER, INDEX, INTO, fetch, stream
 from deltalens.subnetwork.threads import BODY, CFUNC, FAST, INSIDE, SEEN, pointer, run, take_row, unpack
 
 __all__ = ["AdamW", "Update"]
@@ -147,9 +147,7 @@ class AdamW:
             assert all(each.is_contiguous() for each in (one.positions, one.grad, *moments))
             assert one.positions.dtype == torch.int32
             assert one.state["step"].dtype == torch.float32
-            way = kernels.way_of(total, count)
-            if one.master is not None and way == IN_ORDER:  # lines of so many entries hold a position mostly
-                way = PLAIN
+            way = kernels.way_of(total, count, one.weights.element_size())
             arrays = [each.data_ptr() for each in (one.positions, one.grad, *moments)]
             for start in range(0, count, kernels.PIECE):
                 at = [address + 4 * start for address in arrays]

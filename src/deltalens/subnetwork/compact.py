@@ -1,9 +1,9 @@
 """Masked training at the cost of the mask: compact gradients, masters and optimizer state (issue 13).
 
-A hook on each parameter gathers the masked entries of its gradient into a float32 buffer and frees the dense gradient
-before the next layer's is made. The optimizer, torch's own, updates one small float32 tensor each, which holds the
-masked weights and is written back after each step; everything off the mask keeps its bits. On a CPU compiled loops do
-the gathering and writing back (`kernels`), and AdamW as a whole (`adamw`).
+A hook on each parameter gathers the masked entries of its gradient into a float32 buffer and frees the dense gradient,
+at once or with some others', so that no more than about a layer's lives. The optimizer, torch's own, updates one small
+float32 tensor each, which holds the masked weights and is written back after each step; everything off the mask keeps
+its bits. On a CPU compiled loops do the gathering and writing back (`kernels`), and AdamW as a whole (`adamw`).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from numba.core import cgutils
 from torch import Tensor
 
 from deltalens.metrics.values import widen_word
-from deltalens.subnetwork.threads import BODY, CFUNC, FAST, INSIDE, SEEN, inside, pointer, run, take_row, unpack
+from deltalens.subnetwork.threads import BODY, CFUNC, FAST, INSIDE, SEEN, instruction, pointer, run, take_row, unpack
 
 __all__ = ["gather", "gatherer", "scatter", "way_of"]
 
@@ -51,7 +51,7 @@ def stream(words, start, stop):  # type: ignore[no-untyped-def]
     return seen
 
 
-@inside
+@instruction
 def prefetch(typing: Any, array: Any, i: Any) -> Any:
     """Have the processor fetch array[i] into its second cache while it does other things.
 
@@ -225,9 +225,7 @@ def scatter(dense: Tensor, index: Tensor, values: Tensor) -> None:
     assert index.dtype == torch.int32
     assert all(each.is_contiguous() for each in (dense, index, values))
     if count:
-        way = way_of(size, count)
-        if way == IN_ORDER and width == 2:  # lines of so many entries hold a position mostly
-            way = PLAIN
+        way = way_of(size, count, width)
         into, at, new = dense.data_ptr(), index.data_ptr(), values.data_ptr()
         rows = [
             (into, at + 4 * s, new + width * s, min(PIECE, count - s), size, way, width) for s in range(0, count, PIECE)
@@ -236,11 +234,13 @@ def scatter(dense: Tensor, index: Tensor, values: Tensor) -> None:
     torch.autograd.graph.increment_version(dense)
 
 
-def way_of(size: int, count: int) -> int:
-    """How `count` of `size` entries are reached where none of them is in a cache."""
+def way_of(size: int, count: int, width: int = 4) -> int:
+    """How `count` of `size` entries of `width` bytes are reached where none of them is in a cache."""
     if size < IN_ORDER_FROM * count:
         return PLAIN
-    return FETCHED if size >= FETCHED_FROM * count else _faster_way()
+    way = FETCHED if size >= FETCHED_FROM * count else _faster_way()
+    # Where a line has many entries, most lines hold a position: the processor fetches them by itself.
+    return PLAIN if width == 2 and way == IN_ORDER else way
 
 
 @cache

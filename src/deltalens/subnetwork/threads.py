@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 
 from deltalens.metrics.values import KERNEL
 
-__all__ = ["BODY", "CFUNC", "FAST", "INSIDE", "SEEN", "inside", "pointer", "run", "take_row", "unpack"]
+__all__ = ["BODY", "CFUNC", "FAST", "INSIDE", "SEEN", "instruction", "pointer", "run", "take_row", "unpack"]
 
 # No check before a division, and (by unsigned positions, and by slices) none whether an index counts from the end:
 # either would keep the arithmetic from becoming vector instructions.
@@ -35,12 +35,12 @@ _Handed = ctypes.c_uint64 * 7
 SEEN = 6  # a loop writes there what depends on all that it read, so that no reading is left out
 
 
-def inside(generator: Callable[..., Any]) -> Any:
+def instruction(generator: Callable[..., Any]) -> Any:
     """numba's `intrinsic`, for a type checker of the arguments that a loop gives it."""
     return intrinsic(generator)
 
 
-@inside
+@instruction
 def pointer(typing: Any, address: Any) -> Any:
     """An address as a pointer, for `carray`."""
 
@@ -50,7 +50,7 @@ def pointer(typing: Any, address: Any) -> Any:
     return types.voidptr(address), generate
 
 
-@inside
+@instruction
 def take_row(typing: Any, handed: Any) -> Any:
     """The number of a row that no other thread has; from the number of rows on there is none."""
 
