@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from deltalens.checkpoint.base import Checkpoint
 from deltalens.checkpoint.open import open_checkpoint
 from deltalens.metrics.coordinates import SPARSITY_THRESHOLDS, TOP_SHARES, low_magnitude_coverage, measure_coordinates
-from deltalens.metrics.rounding_null import expected_low_magnitude_coverage, fit
+from deltalens.metrics.rounding_null import expected_low_magnitude_coverage, fit_all
 from deltalens.metrics.values import ceil_share, prepare, round_threshold
 
 RUNS = 21
@@ -69,8 +69,8 @@ def ours(source: np.ndarray, trained: np.ndarray, dtype: str) -> None:
         prepare(source, dtype, "bf16"), prepare(trained, dtype, "bf16"), threshold=tau, stored=stored
     )
     low_magnitude_coverage(c, 0.1)
-    for threshold, count in ((tau, c.visible), (0.0, c.nonzero)):
-        if (null := fit(c.total_histogram, count, threshold, "bf16")) is not None:
+    for null in fit_all(c.words, c.weights_by_word, [(c.visible, tau, "bf16"), (c.nonzero, 0.0, "bf16")]):
+        if null is not None:
             expected_low_magnitude_coverage(null, [0.1])
 
 

@@ -59,12 +59,10 @@ def check(source: np.ndarray, trained: np.ndarray, tau: float = 1e-5) -> None:
         assert c.top_energy[key] == pytest.approx(expected, rel=1e-12, abs=1e-70), key
     with np.errstate(over="ignore"):
         bins = (w.astype(np.float32).view(np.uint32) >> 16).astype(int)
-    for histogram, chosen in (
-        (c.total_histogram, slice(None)),
-        (c.visible_histogram, delta > threshold),
-        (c.nonzero_histogram, delta > 0),
-    ):
-        np.testing.assert_array_equal(histogram, np.bincount(bins[chosen], minlength=32768))
+    np.testing.assert_array_equal(c.words, np.unique(bins))
+    counted = ((c.weights_by_word, bins >= 0), (c.visible_by_word, delta > threshold), (c.nonzero_by_word, delta > 0))
+    for by_word, chosen in counted:
+        np.testing.assert_array_equal(by_word, np.bincount(bins[chosen], minlength=32768)[c.words])
     for ratio in RATIOS:
         for ours, chosen in zip(low_magnitude_coverage(c, ratio), (delta > threshold, delta > 0), strict=True):
             expected = twin_coverage(w, chosen, ratio)
@@ -179,7 +177,7 @@ def test_counters_flush_between_chunks(monkeypatch):
     whole = measure_coordinates(source, trained, threshold=1e-5)
     monkeypatch.setattr(module, "_FLUSH", 700)
     parts = measure_coordinates(source, trained, threshold=1e-5)
-    np.testing.assert_array_equal(whole.visible_histogram, parts.visible_histogram)
+    np.testing.assert_array_equal(whole.visible_by_word, parts.visible_by_word)
     assert (whole.nonzero, whole.delta_energy, whole.top_energy) == (
         parts.nonzero,
         parts.delta_energy,

@@ -154,7 +154,7 @@ def test_expectations_are_sums_over_words_and_steps(smallest, accuracy):
     assert found[0] is found[2] is shared[0] is shared[2] is None
     wanted = np.zeros(6)
     for word, times in zip(*np.unique(source, return_counts=True), strict=True):
-        p, q = (null.probability[word] for null in (nulls[0], nulls[2]))
+        p, q = (null.table()[word] for null in (nulls[0], nulls[2]))
         (a1, a2), (b1, b2) = (
             [
                 sum((delta**power * chance)[delta > tau])

@@ -9,10 +9,10 @@ import pytest
 from deltalens.metrics import rounding_null
 from deltalens.metrics.coordinates import measure_coordinates
 from deltalens.metrics.rounding_null import (
-    expected_coverage,
     expected_low_magnitude_coverage,
     fine_histogram,
     fit,
+    fit_all,
 )
 from deltalens.metrics.values import round_threshold, round_to_bf16, word_values
 
@@ -60,9 +60,9 @@ def test_closed_form_equals_the_loop_and_meets_the_density(tau, density):
     numbers = numbers_of("bf16")
     weights = word_values(words & 0x7FFF).astype(np.float64)
     expected = [loop_probability(w, w, tau, null.scale, numbers) for w in weights]
-    np.testing.assert_allclose(null.probability[words & 0x7FFF], expected, rtol=1e-9, atol=1e-300)
+    np.testing.assert_allclose(null.table()[words & 0x7FFF], expected, rtol=1e-9, atol=1e-300)
     assert np.mean(expected) == pytest.approx(density, rel=1e-10)
-    assert not null.probability[histogram(words) == 0].any()
+    assert not null.table()[histogram(words) == 0].any()
 
 
 @pytest.mark.parametrize("tau", [0.0, TAU])
@@ -77,7 +77,7 @@ def test_real_roundings_of_gaussian_steps(tau):
     steps = null.scale * rng.normal(size=(draws, words.size))
     rounded = (weights + steps).astype(BF16).astype(np.float64)
     frequency = (np.abs(rounded - weights) > tau).mean(axis=0)
-    p = null.probability[words]
+    p = null.table()[words]
     error = np.sqrt(p * (1 - p) / draws)
     assert np.all(np.abs(frequency - p) <= 5 * error + 1e-4)
     # Δ itself rounded to bf16, as it is when measured: only words below 2τ can notice, and hardly.
@@ -105,7 +105,7 @@ def test_binary16_grid(tau):
     null = fit(counts, 0.2 * every.size, tau, "fp16")
     numbers = numbers_of("fp16")
     expected = [[loop_probability(w, w, tau, null.scale, numbers) for w in row] for row in every]
-    np.testing.assert_allclose(null.probability[bits], np.mean(expected, axis=1), rtol=1e-9, atol=1e-300)
+    np.testing.assert_allclose(null.table()[bits], np.mean(expected, axis=1), rtol=1e-9, atol=1e-300)
 
 
 def test_float32_grid_against_real_roundings():
@@ -130,9 +130,9 @@ def test_source_stored_finer_than_the_grid(tau):
     c = measure_coordinates(words, moved, threshold=tau)
     fine = fine_histogram(weights)
     assert fine.sum() == weights.size
-    null = fit(c.total_histogram, c.visible, tau, "bf16", fine)
+    null = fit_all(c.words, c.weights_by_word, [(c.visible, tau, "bf16")], fine)[0]
     assert null.scale == pytest.approx(scale, rel=0.02)
-    coarse = fit(c.total_histogram, c.visible, tau, "bf16")
+    coarse = fit_all(c.words, c.weights_by_word, [(c.visible, tau, "bf16")])[0]
     assert abs(coarse.scale / scale - 1) > 0.1  # what ignoring it would cost
 
 
@@ -145,7 +145,7 @@ def test_fine_probability_equals_the_loop():
     for row, word in zip(weights.astype(np.float64), words, strict=True):
         grid = float(word_values(np.array([word]))[0])
         expected = np.mean([loop_probability(w, grid, TAU, null.scale, numbers) for w in row])
-        assert null.probability[word] == pytest.approx(expected, rel=1e-9)
+        assert null.table()[word] == pytest.approx(expected, rel=1e-9)
 
 
 def test_no_null_at_density_zero_or_one():
@@ -162,22 +162,19 @@ def test_solver_reaches_extreme_densities(density):
     counts[0x2000:0x4200] = 10_000_000
     size = int(counts.sum())
     null = fit(counts, density * size, 0.0, "bf16")
-    assert null.probability @ counts == pytest.approx(density * size, rel=1e-10)
+    assert null.table() @ counts == pytest.approx(density * size, rel=1e-10)
 
 
 def test_coverage_counts_the_word_at_the_edge_by_the_share_that_fits():
     counts = np.zeros(32768, np.int64)
     counts[[0x3A00, 0x3B00, 0x3C00]] = [5, 10, 85]
     null = fit(counts, 30, 0.0, "bf16")
-    p = null.probability
+    p = null.table()
     total = p @ counts
     assert expected_low_magnitude_coverage(null, [0.1])[0] == pytest.approx(
         (5 * p[0x3A00] + 5 * p[0x3B00]) / total, rel=1e-12
     )
     assert expected_low_magnitude_coverage(null, [0.1, 1.0])[1] == pytest.approx(1.0)
-    inside = np.zeros(32768)
-    inside[0x3C00] = 42.5
-    assert expected_coverage(null, counts, inside) == pytest.approx(42.5 * p[0x3C00] / total, rel=1e-12)
 
 
 def test_an_update_without_preference_has_excess_one():
@@ -186,12 +183,12 @@ def test_an_update_without_preference_has_excess_one():
     moved = round_to_bf16(word_values(source) + (4e-5 * rng.normal(size=source.size)).astype(np.float32))
     for tau in (0.0, TAU):
         c = measure_coordinates(source, moved, threshold=tau)
-        null = fit(c.total_histogram, c.visible, tau, "bf16")
+        null = fit_all(c.words, c.weights_by_word, [(c.visible, tau, "bf16")])[0]
         expected = expected_low_magnitude_coverage(null, [0.1])[0]
         # [F], [G] read such a coverage as a preference; all of it is the rounding's.
         assert expected > 0.2
         edge = np.sort(source & 0x7FFF)[30_000]
-        observed = c.visible_histogram[: edge + 1].sum() / c.visible
+        observed = c.visible_by_word[c.words <= edge].sum() / c.visible
         assert observed == pytest.approx(expected, rel=0.03)
 
 

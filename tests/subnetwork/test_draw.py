@@ -67,13 +67,13 @@ def test_a_rounding_draw_has_the_nulls_distribution_of_exponents() -> None:
     uniform = 0
     for value in np.unique(exponent):
         here = exponent == value
-        p = null.probability[words[here]]
+        p = null.table()[words[here]]
         sigma = np.sqrt((p * (1 - p)).sum()) + 1
         assert abs(int(chosen[here].sum()) - p.sum()) < 5 * sigma, value
         uniform += abs(here.sum() * count / words.size - p.sum()) > 5 * sigma
     assert uniform > 3, "a uniform draw would not pass this test"
     # Below the exponent nothing else of the update is left: the second half holds its share of the draw.
-    p = null.probability[words[100_000:]]
+    p = null.table()[words[100_000:]]
     assert abs(int(chosen[100_000:].sum()) - p.sum()) < 5 * np.sqrt((p * (1 - p)).sum())
 
 

@@ -70,11 +70,11 @@ class _Sides:
     def _chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return zip(self.source.split(CHUNK), self.trained.split(CHUNK), strict=True)
 
-    def count_words(self, threshold: int, tables: WordTables, total: np.ndarray) -> int:
+    def count_words(self, threshold: int, tables: WordTables) -> int:
         bad = 0
         for source, trained in self._chunks():
             weight = _magnitude(source)
-            total += _count(weight, BINS)
+            tables.total += _count(weight, BINS)
             differ = source.view(torch.int16) != trained.view(torch.int16)
             weight, source, trained = weight[differ], source[differ], trained[differ]
             bad += int(((_magnitude(trained) >= NONFINITE) & (weight < NONFINITE)).sum())

@@ -36,7 +36,7 @@ def entry_weights(nulls: Sequence[RoundingNull | None]) -> np.ndarray:
     weights[1:, :, 1] = 1.0
     for i, null in enumerate(nulls):
         if null is not None:
-            weights[:, :, 2 + i] = null.probability
+            weights[:, :, 2 + i] = null.table()
     return weights.reshape(3 * words, 4)
 
 

@@ -36,7 +36,7 @@ from deltalens.metrics.overlap import (
     subspace_similarities,
 )
 from deltalens.metrics.overlap_null import expected_intersections, expected_moments
-from deltalens.metrics.rounding_null import RoundingNull, fine_histogram, fit
+from deltalens.metrics.rounding_null import RoundingNull, fine_histogram, fit_all
 from deltalens.metrics.values import Compare, round_threshold
 
 __all__ = ["CompareResult", "compare"]
@@ -192,10 +192,11 @@ def measure_tensor(runs: RunSet, tensor: RunTensor, settings: Settings, buffers:
         return row
     cells = None if fine is None else fine_histogram(fine)
     grids = [_grid(pair.trained_dtype, settings.compare) for pair in tensor.pairs]
-    visible_nulls = [
-        fit(histogram, c.visible, tau, grid, fine=cells) for c, tau, grid in zip(counts, thresholds, grids, strict=True)
-    ]
-    nonzero_nulls = [fit(histogram, c.nonzero, 0.0, grid, fine=cells) for c, grid in zip(counts, grids, strict=True)]
+    visible = [(c.visible, tau, grid) for c, tau, grid in zip(counts, thresholds, grids, strict=True)]
+    nonzero = [(c.nonzero, 0.0, grid) for c, grid in zip(counts, grids, strict=True)]
+    words = np.flatnonzero(histogram)
+    nulls = fit_all(words, histogram[words], [*visible, *nonzero], cells)
+    visible_nulls, nonzero_nulls = nulls[: len(counts)], nulls[len(counts) :]
     row |= {
         "visible": [c.visible for c in counts],
         "nonzero": [c.nonzero for c in counts],

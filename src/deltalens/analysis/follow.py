@@ -44,8 +44,7 @@ class _Seen:
     mask: np.ndarray | None = None  # packed
     packed: tuple[np.ndarray, np.ndarray] | None = None  # visible and nonzero updates, while the row is made
     density: float = 0.0
-    probability: np.ndarray | None = None  # P(visible | word) of the rounding null
-    histogram: np.ndarray | None = None  # of the source's words
+    null: RoundingNull | None = None
     update: Subspaces | None = None
     draws: list[Subspaces] = field(default_factory=list)
     draw_seconds: float = 0.0
@@ -184,8 +183,7 @@ def _at(
         kept.packed = pack_updates(before, after, tau)
         kept.mask = kept.packed[0]
         kept.density = coordinates.visible / coordinates.size
-        kept.histogram = coordinates.total_histogram
-        kept.probability = None if null is None else null.probability
+        kept.null = null
 
     def columns_of(*arguments: Any) -> SpectralColumns:
         columns = _FastColumns(*arguments) if settings.spectrum == "fast" else _ExactColumns(*arguments)
@@ -210,8 +208,8 @@ def _mask_columns(here: _Seen, end: _Seen, history: MaskHistory, size: int, *, s
         return row | {"intersection_end_random": None, "intersection_end_null": None}
     row["intersection_end_random"] = here.density * end.density * size
     expected = None
-    if here.probability is not None and end.probability is not None and here.histogram is not None:
-        expected = float((here.histogram * here.probability) @ end.probability)
+    if here.null is not None and end.null is not None:  # of one source: their words are the same
+        expected = float((here.null.weights * here.null.probability) @ end.null.probability)
     elif here.density in (0.0, 1.0) or end.density in (0.0, 1.0):
         expected = row["intersection_end_random"]  # nothing visible, or everything: there is no choice
     row["intersection_end_null"] = expected

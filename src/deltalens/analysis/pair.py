@@ -23,7 +23,7 @@ from deltalens.metrics.rounding_null import (
     excess,
     expected_low_magnitude_coverage,
     fine_histogram,
-    fit,
+    fit_all,
 )
 from deltalens.metrics.values import ceil_share, prepare, round_threshold
 
@@ -285,10 +285,8 @@ def _fit_nulls(
     grid = _grid(pair, settings)
     finer = grid == "bf16" and pair.source_dtype != "BF16"
     fine = fine_histogram(prepare(raw, pair.source_dtype, "fp32")) if finer else None
-    return (
-        fit(c.total_histogram, c.visible, tau, grid, fine=fine),
-        fit(c.total_histogram, c.nonzero, 0.0, grid, fine=fine),
-    )
+    visible, nonzero = fit_all(c.words, c.weights_by_word, [(c.visible, tau, grid), (c.nonzero, 0.0, grid)], fine)
+    return visible, nonzero
 
 
 def _grid(pair: TensorPair, settings: Settings) -> Literal["bf16", "fp16", "fp32"]:

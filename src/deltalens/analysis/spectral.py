@@ -198,7 +198,7 @@ class SpectralColumns:
     def _principal_sums(self) -> list[MaskSums]:
         """For each mask: visible updates, nonzero updates, and Σ P over it for both nulls (0 without one)."""
         without = np.zeros(WORD_COUNT)
-        return self.members.sums(self._packed(), [without if null is None else null.probability for null in self.nulls])
+        return self.members.sums(self._packed(), [without if null is None else null.table() for null in self.nulls])
 
     def _master_sums(self, before: np.ndarray, master: np.ndarray, tau: float) -> list[MaskSums]:
         """For each mask: the updates of the float32 master that it holds."""

@@ -28,7 +28,7 @@ REACH = 7  # steps a word may move, up or down, to be counted in the table of mo
 FAR = 2 * REACH + 1  # that table's column for the words that moved further
 MOVES = FAR + 1  # its columns: a cache line
 BLOCK = 512
-SCANNED = 64  # words at a time that are looked at for any coordinate
+SCANNED = 128  # words at a time that are looked at for any coordinate
 
 COUNTERS = types.int64[::1]
 
@@ -94,6 +94,17 @@ def _empty_moves(moves, lowest, highest, threshold, total, changed, delta):  # t
     return bad
 
 
+@njit(**KERNEL)
+def _range(words):  # type: ignore[no-untyped-def]
+    """The smallest and the largest magnitude that is not 0; the smallest is above the largest where all are 0."""
+    low, high = np.uint16(0xFFFF), np.uint16(0)
+    for i in range(words.size):  # vector instructions, twice as wide as in a loop that widens words too
+        magnitude = np.uint16(words[i] & np.uint16(0x7FFF))
+        low = min(low, np.uint16(magnitude - np.uint16(1)))  # of 0: the largest word, which no minimum takes
+        high = max(high, magnitude)
+    return np.int64(low) + 1, np.int64(high)
+
+
 @njit([types.int64(WORDS, WORDS, types.uint32, types.uint32[::1], COUNTERS, COUNTERS, COUNTERS)], **KERNEL)
 def count_words(source, trained, threshold, moves, total, changed, delta):  # type: ignore[no-untyped-def]
     """Add |W| to `total`, the changed |W| to `changed` (twice the word, plus 1 if visible), |Δ| to `delta`.
@@ -110,7 +121,7 @@ def count_words(source, trained, threshold, moves, total, changed, delta):  # ty
     occupied = np.empty(eights.size, np.uint16)
     before, after = np.empty(2 * BLOCK, np.uint16), np.empty(2 * BLOCK, np.uint16)
     weights, steps = np.empty(2 * BLOCK, np.uint16), np.empty(2 * BLOCK, np.uint16)
-    lowest, highest = np.uint32(BINS - 1), np.uint32(0)
+    lowest, highest = np.int64(BINS), np.int64(0)
     bad = np.int64(0)
     gathered = np.uint64(0)
     for start in range(0, source.size, BLOCK):
@@ -122,7 +133,8 @@ def count_words(source, trained, threshold, moves, total, changed, delta):  # ty
             magnitude = np.uint32(word & np.uint16(0x7FFF))
             far[i] = np.uint8(move >= np.uint32(FAR))
             places[i] = np.uint32(magnitude * np.uint32(MOVES)) | min(move, np.uint32(FAR))
-            lowest, highest = min(lowest, magnitude), max(highest, magnitude)
+        low, high = _range(left)
+        lowest, highest = min(lowest, low), max(highest, high)
         for i in range(left.size):
             moves[places[i]] += np.uint32(1)
         far[left.size :] = 0
@@ -139,49 +151,57 @@ def count_words(source, trained, threshold, moves, total, changed, delta):  # ty
             bad += _count_gathered(before[:gathered], after[:gathered], threshold, weights, steps, changed, delta)
             gathered = np.uint64(0)
     bad += _count_gathered(before[:gathered], after[:gathered], threshold, weights, steps, changed, delta)
-    if source.size:
-        bad += _empty_moves(moves, lowest, highest, threshold, total, changed, delta)
+    # Most tensors hold a few zeros, and nothing near them: half of the table would be looked through for one row.
+    bad += _empty_moves(moves, 0, 0, threshold, total, changed, delta)
+    bad += _empty_moves(moves, lowest, highest, threshold, total, changed, delta)
     return bad
 
 
 @njit(
     [
-        types.Tuple((types.int64, types.int64, types.int64, types.int64, types.float64, types.float64))(
-            COUNTERS, COUNTERS, COUNTERS, DOUBLES, COUNTERS, COUNTERS, COUNTERS, COUNTERS, types.float64[::1], COUNTERS
+        types.Tuple((COUNTERS, COUNTERS, COUNTERS, COUNTERS, types.int64, types.int64, types.float64, types.float64))(
+            COUNTERS, COUNTERS, COUNTERS, DOUBLES, COUNTERS, COUNTERS, types.float64[::1], COUNTERS
         )
     ],
     **KERNEL,
 )
-def read_off(total, changed, delta, squares, ranks, lasts, visible, nonzero, top_energy, below):  # type: ignore[no-untyped-def]
-    """Everything that the tables of `count_words` tell; `changed` and `delta` are zero afterwards.
+def read_off(total, changed, delta, squares, ranks, lasts, top_energy, below):  # type: ignore[no-untyped-def]
+    """Everything that the tables of `count_words` tell; they are zero afterwards.
 
-    Into `visible` and `nonzero` (zero before) goes what `changed` holds, into `top_energy` (zero before) the energy of
-    the `ranks` largest |Δ|, into `below` how many |Δ| that are not 0 lie up to the word `lasts`.
+    Into `top_energy` (zero before) goes the energy of the `ranks` largest |Δ|, into `below` how many |Δ| that are not
+    0 lie up to the word `lasts`.
 
-    Returns their sums, the number whose words differ, the number whose source word is non-finite, and ‖W‖², ‖Δ‖²,
-    smallest terms first.
+    Returns the words that have weights, ascending, how many weights, visible and nonzero updates each has, the number
+    of weights whose words differ, that of non-finite source words, and ‖W‖², ‖Δ‖², smallest terms first.
     """
     changed[0] -= delta[0]  # +0 against -0: the words differ, the values do not
-    seen = moved = bad = np.int64(0)
+    bad = np.int64(0)
     source_energy = delta_energy = 0.0
+    occupied, some = np.empty(BINS // SCANNED, np.int64), np.int64(0)
     for start in range(0, BINS, SCANNED):
-        if not _sum(total[start : start + SCANNED]):
-            continue
+        occupied[some] = start
+        some += _sum(total[start : start + SCANNED]) != 0
+    words, weights = np.empty(some * SCANNED, np.int64), np.empty(some * SCANNED, np.int64)
+    visible, nonzero = np.empty(some * SCANNED, np.int64), np.empty(some * SCANNED, np.int64)
+    found = np.int64(0)
+    for start in occupied[:some]:
         for i in range(start, start + SCANNED):
             if i >= NONFINITE:
                 bad += total[i]
             else:
                 source_energy += total[i] * squares[i]
-            visible[i] = changed[2 * i + 1]
-            nonzero[i] = changed[2 * i] + changed[2 * i + 1]
-            seen += visible[i]
-            moved += nonzero[i]
-            changed[2 * i] = changed[2 * i + 1] = 0
+            words[found], weights[found] = i, total[i]
+            visible[found], nonzero[found] = changed[2 * i + 1], changed[2 * i] + changed[2 * i + 1]
+            found += total[i] != 0
+            total[i] = changed[2 * i] = changed[2 * i + 1] = 0
     differ = delta[0]
     delta[0] = 0
+    some = np.int64(0)
     for start in range(0, BINS, SCANNED):
         if not _sum(delta[start : start + SCANNED]):
             continue
+        occupied[some] = start
+        some += 1
         for i in range(start, start + SCANNED):
             if not delta[i]:
                 continue
@@ -192,9 +212,7 @@ def read_off(total, changed, delta, squares, ranks, lasts, visible, nonzero, top
                 if i <= lasts[j]:
                     below[j] += delta[i]
     wanted = ranks.copy()
-    for start in range(BINS - SCANNED, -1, -SCANNED):
-        if not _sum(delta[start : start + SCANNED]):
-            continue
+    for start in occupied[:some][::-1]:
         for i in range(start + SCANNED - 1, start - 1, -1):
             if not delta[i]:
                 continue
@@ -205,26 +223,23 @@ def read_off(total, changed, delta, squares, ranks, lasts, visible, nonzero, top
                         top_energy[j] += take * squares[i]
                         wanted[j] -= take
             delta[i] = 0
-    return seen, moved, differ, bad, source_energy, delta_energy
+    by_word = words[:found], weights[:found], visible[:found], nonzero[:found]
+    return *by_word, differ, bad, source_energy, delta_energy
 
 
 @njit([types.UniTuple(types.float64, 2)(COUNTERS, COUNTERS, COUNTERS, types.int64)], **KERNEL)
-def inside_smallest(total, visible, nonzero, wanted):  # type: ignore[no-untyped-def]
-    """How many of the `visible` and of the `nonzero` lie among the `wanted` smallest weights, ties by their share."""
+def inside_smallest(weights, visible, nonzero, wanted):  # type: ignore[no-untyped-def]
+    """How many of the `visible` and of the `nonzero` lie among the `wanted` smallest `weights`, all by ascending word.
+
+    Ties at the edge count by the share of them that fits.
+    """
     seen = moved = np.int64(0)
-    for start in range(0, BINS, SCANNED):
-        held = _sum(total[start : start + SCANNED])
-        if held <= wanted:
-            wanted -= held
-            if held:
-                seen += _sum(visible[start : start + SCANNED])
-                moved += _sum(nonzero[start : start + SCANNED])
-            continue
-        for i in range(start, start + SCANNED):
-            if total[i] > wanted:
-                share = wanted / total[i]
-                return seen + share * visible[i], moved + share * nonzero[i]
-            wanted -= total[i]
-            seen += visible[i]
-            moved += nonzero[i]
+    for i in range(weights.size):
+        held = weights[i]
+        if held > wanted:
+            share = wanted / held
+            return seen + share * visible[i], moved + share * nonzero[i]
+        wanted -= held
+        seen += visible[i]
+        moved += nonzero[i]
     return np.float64(seen), np.float64(moved)

@@ -44,6 +44,10 @@ TOP_SHARES: Mapping[str, float] = {"0.1pct": 0.001, "1pct": 0.01, "5pct": 0.05}
 _FLUSH = 1 << 30  # elements a call of `count_words` takes at most
 
 
+def _no_counts() -> np.ndarray:
+    return np.zeros(0, np.int64)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coordinates:
     """What one pass over W and W₊ found; Δ = W₊ − W in the compare dtype.
@@ -54,9 +58,10 @@ class Coordinates:
     sparsity_at: keys of `SPARSITY_THRESHOLDS`, number with |Δ| ≤ that (rounded as τ is).
     relative_sparse: |Δ| ≤ 1e-3 · max(|W|, |W₊|).  source_energy, delta_energy: ‖W‖², ‖Δ‖² in float64.
     top_energy: keys of `TOP_SHARES`, energy of the ⌈share · N⌉ largest |Δ|.
-    total_histogram, visible_histogram, nonzero_histogram: int64[32768], coordinates by the magnitude of their source
-    weight: the bf16 word without its sign, or the upper 16 bits of the float32 without its sign.
-    exact_bins: whether all weights of a bin are equal (bf16), so that ties are known from the histograms.
+    words: int64[K], the magnitudes of source weights that occur, ascending: the bf16 word without its sign, or the
+    upper 16 bits of the float32 without its sign.  weights_by_word, visible_by_word, nonzero_by_word: int64[K], the
+    coordinates of each, and the updates among them.
+    exact_bins: whether all weights of a word are equal (bf16), so that ties are known from these counts.
     low_magnitude: for float sides, ratio → (visible, nonzero) updates inside the low-magnitude mask, ties fractional.
     """
 
@@ -71,9 +76,10 @@ class Coordinates:
     source_energy: float = 0.0
     delta_energy: float = 0.0
     top_energy: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TOP_SHARES, 0.0))
-    total_histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
-    visible_histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
-    nonzero_histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    words: np.ndarray = field(default_factory=_no_counts)
+    weights_by_word: np.ndarray = field(default_factory=_no_counts)
+    visible_by_word: np.ndarray = field(default_factory=_no_counts)
+    nonzero_by_word: np.ndarray = field(default_factory=_no_counts)
     exact_bins: bool = True
     low_magnitude: Mapping[float, tuple[float, float]] = field(default_factory=dict)
 
@@ -122,7 +128,7 @@ def low_magnitude_coverage(coordinates: Coordinates, ratio: float) -> tuple[floa
         return None, None
     if c.exact_bins:
         k = ceil_share(ratio, c.size)
-        visible, nonzero = inside_smallest(c.total_histogram, c.visible_histogram, c.nonzero_histogram, k)
+        visible, nonzero = inside_smallest(c.weights_by_word, c.visible_by_word, c.nonzero_by_word, k)
     else:
         visible, nonzero = c.low_magnitude[ratio]
     return (visible / c.visible if c.visible else None), (nonzero / c.nonzero if c.nonzero else None)
@@ -152,6 +158,11 @@ def _table_words() -> np.ndarray:
     return np.array([_word(round_threshold(tau, "bf16", "BF16")) for tau in SPARSITY_THRESHOLDS.values()], np.int64)
 
 
+@lru_cache(maxsize=256)  # a model has tensors of few sizes
+def _top_ranks(size: int) -> np.ndarray:
+    return np.array([ceil_share(share, size) for share in TOP_SHARES.values()], np.int64)
+
+
 @lru_cache(maxsize=1)
 def _squares() -> np.ndarray:
     return word_values(np.arange(NONFINITE + 1)).astype(np.float64) ** 2
@@ -162,6 +173,7 @@ class WordTables:
     """Zeroed tables that a thread uses again and again: fresh ones cost as much as the pass over a small matrix."""
 
     moves: np.ndarray = field(default_factory=lambda: np.zeros(BINS * MOVES, np.uint32))
+    total: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
     changed: np.ndarray = field(default_factory=lambda: np.zeros(2 * BINS, np.int64))
     delta: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
 
@@ -179,9 +191,9 @@ class _Shelf(threading.local):
 _SHELF = _Shelf()
 
 
-def _count_words(source: np.ndarray, trained: np.ndarray, threshold: int, tables: WordTables, total: np.ndarray) -> int:
+def _count_words(source: np.ndarray, trained: np.ndarray, threshold: int, tables: WordTables) -> int:
     chunks = [slice(start, start + _FLUSH) for start in range(0, source.size, _FLUSH)]
-    rest = threshold, tables.moves, total, tables.changed, tables.delta
+    rest = threshold, tables.moves, tables.total, tables.changed, tables.delta
     return sum(count_words(source[chunk], trained[chunk], *rest) for chunk in chunks)
 
 
@@ -190,21 +202,20 @@ def from_words(size: int, threshold: float, same_bits: int | None, count: Callab
 
     Without `same_bits` the words are the stored ones.
     """
-    # At once: three tables of this size by themselves would each be fetched from the system, and returned to it.
-    tables, (total, visible_histogram, nonzero_histogram) = _SHELF.take(), np.zeros((3, BINS), np.int64)
-    nonfinite = count(_word(threshold), tables, total)
-    ranks, top_energy = np.array([ceil_share(share, size) for share in TOP_SHARES.values()]), np.zeros(len(TOP_SHARES))
-    below = np.zeros(len(SPARSITY_THRESHOLDS), np.int64)
-    visible, nonzero, differ, bad, source_energy, delta_energy = read_off(
-        total, tables.changed, tables.delta, _squares(), ranks, _table_words(),
-        visible_histogram, nonzero_histogram, top_energy, below,
-    )  # fmt: skip
+    tables = _SHELF.take()
+    nonfinite = count(_word(threshold), tables)
+    top_energy, below = np.zeros(len(TOP_SHARES)), np.zeros(len(SPARSITY_THRESHOLDS), np.int64)
+    *by_word, differ, bad, source_energy, delta_energy = read_off(
+        tables.total, tables.changed, tables.delta, _squares(), _top_ranks(size), _table_words(), top_energy, below
+    )
     _SHELF.tables = tables
     nonfinite += bad
     if same_bits is None:
         same_bits = size - differ
     if nonfinite:
         return Coordinates(size=size, nonfinite=nonfinite, unchanged_bits=same_bits)
+    words, weights, visible_by_word, nonzero_by_word = by_word
+    visible, nonzero = int(visible_by_word.sum()), int(nonzero_by_word.sum())
     below += size - nonzero
     return Coordinates(
         size=size,
@@ -218,9 +229,10 @@ def from_words(size: int, threshold: float, same_bits: int | None, count: Callab
         source_energy=source_energy,
         delta_energy=delta_energy,
         top_energy=dict(zip(TOP_SHARES, top_energy.tolist(), strict=True)),
-        total_histogram=total,
-        visible_histogram=visible_histogram,
-        nonzero_histogram=nonzero_histogram,
+        words=words,
+        weights_by_word=weights,
+        visible_by_word=visible_by_word,
+        nonzero_by_word=nonzero_by_word,
     )
 
 
@@ -285,7 +297,7 @@ def from_floats(
             float(visible_histogram[:edge].sum()) + _smallest(weights[here], take, flags[here] & 2 != 0),
             float(nonzero_histogram[:edge].sum()) + _smallest(weights[here], take, flags[here] & 1 != 0),
         )
-    nonzero = int(nonzero_histogram.sum())
+    nonzero, words = int(nonzero_histogram.sum()), np.flatnonzero(total)
     return Coordinates(
         size=size,
         nonfinite=0,
@@ -298,9 +310,10 @@ def from_floats(
         source_energy=source_energy,
         delta_energy=float(energy.sum()),
         top_energy=top_energy,
-        total_histogram=total,
-        visible_histogram=visible_histogram,
-        nonzero_histogram=nonzero_histogram,
+        words=words,
+        weights_by_word=total[words],
+        visible_by_word=visible_histogram[words],
+        nonzero_by_word=nonzero_histogram[words],
         exact_bins=False,
         low_magnitude=low_magnitude,
     )

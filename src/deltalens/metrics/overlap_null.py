@@ -25,13 +25,13 @@ def expected_intersections(histogram: np.ndarray, nulls: Sequence[RoundingNull |
 
     Args:
         histogram: int64[32768], weights by magnitude word.
-        nulls: fitted to each run's own density; None where no scale explains it.
+        nulls: fitted to these weights and each run's own density; None where no scale explains it.
 
     Returns:
         One for each of `itertools.combinations(nulls, 2)`, in that order; None where a null is.
     """
     words = np.flatnonzero(histogram)
-    chance = np.array([np.zeros(words.size) if null is None else null.probability[words] for null in nulls])
+    chance = np.array([np.zeros(words.size) if null is None else null.probability for null in nulls])
     shared = (chance * histogram[words]) @ chance.T
     return [
         None if nulls[a] is None or nulls[b] is None else float(shared[a, b])
@@ -52,7 +52,7 @@ def expected_moments(
     lines = np.zeros((len(nulls), 3, words.size))  # P(visible), E|Δ|, EΔ² by word
     for line, null, tau in zip(lines, nulls, taus, strict=True):
         if null is not None:
-            line[0] = null.probability[words]
+            line[0] = null.probability
             line[1:] = _word_moments(words, null.scale, tau)
     flat = lines.reshape(3 * len(nulls), words.size)
     shared = ((flat * histogram[words]) @ flat.T).reshape(len(nulls), 3, len(nulls), 3)

@@ -20,17 +20,17 @@ from typing import Literal
 import numpy as np
 from numba import njit, types
 
-from deltalens.metrics.coordinate_kernels import BINS, SCANNED
+from deltalens.metrics.coordinate_kernels import BINS
 from deltalens.metrics.values import DOUBLES, KERNEL, SINGLES, ceil_share
 
 __all__ = [
     "FINE_CELLS",
     "RoundingNull",
     "excess",
-    "expected_coverage",
     "expected_low_magnitude_coverage",
     "fine_histogram",
     "fit",
+    "fit_all",
 ]
 
 Grid = Literal["bf16", "fp16", "fp32"]
@@ -41,15 +41,23 @@ _FORMATS: dict[str, tuple[int, int]] = {"bf16": (7, -126), "fp16": (10, -14), "f
 
 @dataclass(frozen=True, slots=True)
 class RoundingNull:
-    """A fitted null: `scale` is s, `probability` float64[32768] is P(visible | word), 0 for words without weights.
+    """A fitted null.
 
-    `total`: the histogram it was fitted to; `words` (int64, ascending): those that have weights.
+    scale: s.  words: int64[K], the magnitudes of weights that occur, ascending.  weights: int64[K], how many of each.
+    probability: float64[K], P(visible | word).  size: number of weights.
     """
 
     scale: float
-    probability: np.ndarray
-    total: np.ndarray
     words: np.ndarray
+    weights: np.ndarray
+    probability: np.ndarray
+    size: int
+
+    def table(self) -> np.ndarray:
+        """float64[32768], P(visible | word) by word; 0 for words that do not occur."""
+        table = np.zeros(BINS)
+        table[self.words] = self.probability
+        return table
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,33 +70,46 @@ class _Classes:
 
 
 def fit(
-    total_histogram: np.ndarray,
-    observed_count: int | float,
-    tau: float,
-    grid: Grid,
-    fine: np.ndarray | None = None,
+    total_histogram: np.ndarray, observed_count: int | float, tau: float, grid: Grid, fine: np.ndarray | None = None
 ) -> RoundingNull | None:
     """Fit the scale at which the expected number of visible updates is `observed_count`, to 1e-10 of it.
 
-    `total_histogram`: int64[32768], weights by magnitude word (`Coordinates.total_histogram`). `tau`: already rounded
-    to the compare dtype; 0 for the null of the nonzero updates. `grid`: the numbers that both sides take. `fine`, for
-    a source stored finer than a bf16 grid: its `fine_histogram`; each word's P is then the mean over its weights.
+    `total_histogram`: int64[32768], weights by magnitude word. `tau`: already rounded to the compare dtype; 0 for the
+    null of the nonzero updates. `grid`: the numbers that both sides take. `fine`, for a source stored finer than a bf16
+    grid: its `fine_histogram`; each word's P is then the mean over its weights.
     None where the density is 0 or 1, so that no scale, or any, explains it.
     """
-    total = np.ascontiguousarray(total_histogram, np.int64)
-    size, words = _occupied(total)
-    if not 0 < observed_count < size:
-        return None
-    classes = _classes(grid, float(tau), fine is not None)
+    words = np.flatnonzero(total_histogram)
+    weights = np.ascontiguousarray(total_histogram[words], np.int64)
+    return fit_all(words, weights, [(observed_count, tau, grid)], fine)[0]
+
+
+def fit_all(
+    words: np.ndarray,
+    weights: np.ndarray,
+    updates: Sequence[tuple[int | float, float, Grid]],
+    fine: np.ndarray | None = None,
+) -> list[RoundingNull | None]:
+    """`fit` for several updates of one source, each `(observed_count, tau, grid)`.
+
+    `words`: int64[K], the magnitudes that occur, ascending. `weights`: int64[K], how many of each.
+    """
+    size = int(weights.sum())
     cells = np.zeros((0, 0), np.int64) if fine is None else fine
-    probability = np.zeros(BINS)
-    density = observed_count / size
-    scale = _fit(total, words, size, cells, classes.plus, classes.minus, classes.index, density, probability)
-    return RoundingNull(scale, probability, total, words)
+    nulls: list[RoundingNull | None] = []
+    for observed_count, tau, grid in updates:
+        if not 0 < observed_count < size:
+            nulls.append(None)
+            continue
+        classes = _classes(grid, float(tau), fine is not None)
+        probability = np.zeros(words.size)
+        density = observed_count / size
+        scale = _fit(words, weights, size, cells, classes.plus, classes.minus, classes.index, density, probability)
+        nulls.append(RoundingNull(scale, words, weights, probability, size))
+    return nulls
 
 
 _COUNTS = types.Array(types.int64, 1, "C", readonly=True)
-_WORDS = types.int64[::1]
 _CELLS = types.Array(types.int64, 2, "C", readonly=True)
 
 
@@ -103,62 +124,34 @@ def _share(fine, word, cell, cells):  # type: ignore[no-untyped-def]
     return fine[word, cell] / held if held else 1.0 / cells
 
 
-@njit([types.Tuple((types.int64, _WORDS))(_COUNTS)], **KERNEL)
-def _occupied(total):  # type: ignore[no-untyped-def]
-    """The number of weights, and the words that they have, ascending: of 32768 there are some 1000."""
-    words = np.empty(total.size, np.int64)
-    size = found = np.int64(0)
-    for start in range(0, total.size, SCANNED):
-        part = total[start : start + SCANNED]
-        held = np.int64(0)
-        for i in range(part.size):  # vector instructions
-            held |= part[i]
-        if held:
-            for i in range(part.size):
-                words[found] = start + i
-                found += part[i] != 0
-                size += part[i]
-    return size, words[:found]
-
-
 def excess(observed: float | None, null: float | None) -> float | None:
     """Observed ÷ null, None where either is undefined."""
     return observed / null if observed is not None and null else None
 
 
-def expected_coverage(null: RoundingNull, total_histogram: np.ndarray, mask_histogram: np.ndarray) -> float:
-    """Σ_mask P / Σ P, the share of the visible updates that the null puts in a mask.
-
-    `mask_histogram` [32768]: the mask's weights by word; fractional where ties at its edge count by their share.
-    """
-    # No BLAS: for two short products its threads cost more than they bring.
-    return float((null.probability * mask_histogram).sum() / (null.probability * total_histogram).sum())
-
-
 def expected_low_magnitude_coverage(null: RoundingNull, ratios: Sequence[float]) -> list[float]:
-    """`expected_coverage` of the ⌈ratio · N⌉ smallest weights; the word at the edge counts by the share that fits.
+    """Σ P over the ⌈ratio · N⌉ smallest weights ÷ Σ P: the share of the visible updates that the null puts there.
 
-    One value for each of `ratios`, which ascend.
+    The word at the edge counts by the share that fits. One value for each of `ratios`, which ascend.
     """
-    size = int(null.total[null.words].sum())
     inside = np.zeros(len(ratios))
-    wanted = np.array([ceil_share(ratio, size) for ratio in ratios], np.int64)
-    everything = _low_magnitude_mass(null.probability, null.total, null.words, wanted, inside)
+    wanted = np.array([ceil_share(ratio, null.size) for ratio in ratios], np.int64)
+    everything = _low_magnitude_mass(null.probability, null.weights, wanted, inside)
     return (inside / everything).tolist()
 
 
-@njit([types.float64(DOUBLES, _COUNTS, _WORDS, _COUNTS, types.float64[::1])], **KERNEL)
-def _low_magnitude_mass(probability, total, words, wanted, inside):  # type: ignore[no-untyped-def]
+@njit([types.float64(DOUBLES, _COUNTS, _COUNTS, types.float64[::1])], **KERNEL)
+def _low_magnitude_mass(probability, weights, wanted, inside):  # type: ignore[no-untyped-def]
     """Σ P of the `wanted` smallest weights (ascending) into `inside`; returns that of all."""
     everything = 0.0
     before = np.int64(0)
     at = 0
-    for word in words:
-        while at < wanted.size and wanted[at] <= before + total[word]:
-            inside[at] = everything + (wanted[at] - before) * probability[word]
+    for i in range(weights.size):
+        while at < wanted.size and wanted[at] <= before + weights[i]:
+            inside[at] = everything + (wanted[at] - before) * probability[i]
             at += 1
-        before += total[word]
-        everything += total[word] * probability[word]
+        before += weights[i]
+        everything += weights[i] * probability[i]
     return everything
 
 
@@ -287,15 +280,15 @@ def _solve_scale(plus, minus, share, density, start):  # type: ignore[no-untyped
 
 
 @njit(
-    [types.float64(_COUNTS, _WORDS, types.int64, _CELLS, DOUBLES, DOUBLES, _CELLS, types.float64, types.float64[::1])],
+    [types.float64(_COUNTS, _COUNTS, types.int64, _CELLS, DOUBLES, DOUBLES, _CELLS, types.float64, types.float64[::1])],
     **KERNEL,
 )
-def _fit(total, words, size, fine, plus, minus, index, density, probability):  # type: ignore[no-untyped-def]
-    """The scale at which the mean of P is `density`; P of each of `words` is written to `probability`."""
+def _fit(words, weights, size, fine, plus, minus, index, density, probability):  # type: ignore[no-untyped-def]
+    """The scale at which the mean of P is `density`; P of each of `words` is written to `probability` (zero before)."""
     mass = np.zeros(plus.size)
-    for word in words:
+    for i in range(words.size):
         for cell in range(index.shape[1]):
-            mass[index[word, cell]] += total[word] * _share(fine, word, cell, index.shape[1])
+            mass[index[words[i], cell]] += weights[i] * _share(fine, words[i], cell, index.shape[1])
     used = np.flatnonzero(mass)
     share = mass[used] / size
     half, below = 0.5 * share.sum(), 0.0
@@ -308,7 +301,7 @@ def _fit(total, words, size, fine, plus, minus, index, density, probability):  #
     scale = _solve_scale(plus[used], minus[used], share, density, plus[used[middle]])
     for occurring in used:
         mass[occurring] = _chance(plus[occurring], minus[occurring], scale)
-    for word in words:
+    for i in range(words.size):
         for cell in range(index.shape[1]):
-            probability[word] += mass[index[word, cell]] * _share(fine, word, cell, index.shape[1])
+            probability[i] += mass[index[words[i], cell]] * _share(fine, words[i], cell, index.shape[1])
     return scale

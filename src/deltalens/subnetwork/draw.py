@@ -82,7 +82,7 @@ def rounding_scores(words: np.ndarray, null: RoundingNull, rng: np.random.Genera
     Returns:
         float32[N]; −Inf where the null says never.
     """
-    p = null.probability
+    p = null.table()
     with np.errstate(divide="ignore"):
         logit = (np.log(p) - np.log1p(-p)).astype(np.float32)
     uniform = np.maximum(rng.random(words.size, np.float32), np.float32(2.0**-25))
