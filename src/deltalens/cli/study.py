@@ -21,7 +21,7 @@ def study(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="By default study-NAME; small ends in -small.")
     ] = None,
-    scale: Annotated[str, typer.Option(help="full, or a smaller one that the file names (small).")] = "full",
+    scale: Annotated[str, typer.Option(help="full, or another that the file names (small, seeds).")] = "full",
     only: Annotated[
         str | None, typer.Option(metavar="RUN|GROUP", help="One run, comparison or group, and what it rests on.")
     ] = None,

@@ -155,7 +155,7 @@ class Tables(_Strict):
 
 
 class Scale(_Strict):
-    """What a smaller study changes: `keep` these runs only; the rest replaces keys of the study."""
+    """What a variant of the study changes: `keep` these runs only; the rest replaces keys of the study."""
 
     keep: list[str] = []
     defaults: dict[str, Any] = {}
