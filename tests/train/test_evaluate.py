@@ -9,7 +9,7 @@ import torch
 
 from deltalens.errors import ConfigError
 from deltalens.train.evaluate import Evaluation, evaluate, generate
-from deltalens.train.models import load_model, load_tokenizer
+from deltalens.train.models import load_model, load_tokenizer, save_model
 from deltalens.train.tasks import Example
 
 
@@ -80,6 +80,30 @@ def test_greedy_replies_do_not_depend_on_the_padding(tiny_model: Path) -> None:
 def test_privileged_context_reaches_the_prompt(tiny_model: Path) -> None:
     done = evaluate(tiny_model, Letters(), problems=2, max_new_tokens=2, privileged=True)
     assert [generation.prompt for generation in done.generations] == ["say a (a)", "say e (e)"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_weights_are_rounded_unless_told(
+    dtype: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    master = load_model(tiny_model, "float32")
+    with torch.no_grad():
+        for weights in master.parameters():
+            weights.mul_(1 + 2**-11)  # a move that bfloat16 loses
+    save_model(master, load_tokenizer(tiny_model), tmp_path / "master")
+    seen = []
+
+    def look(model, processor, prompts, **options):  # type: ignore[no-untyped-def]
+        seen.append(model)
+        return [("a", 1, False)] * len(prompts)
+
+    monkeypatch.setattr("deltalens.train.evaluate.generate", look)
+    done = evaluate(tmp_path / "master", Letters(), problems=2, dtype=dtype)  # type: ignore[arg-type]
+    assert done.dtype == done.summary()["dtype"] == dtype
+    for used, kept in zip(seen[0].parameters(), master.parameters(), strict=True):
+        wanted = kept if dtype == "float32" else kept.bfloat16()
+        assert not torch.equal(kept, kept.bfloat16().float())
+        assert torch.equal(used.float(), wanted.float())
 
 
 def test_bad_requests(tiny_model: Path, tmp_path: Path) -> None:

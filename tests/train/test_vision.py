@@ -242,3 +242,5 @@ def test_commands(tiny_model: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
     assert len(rows) == 8
     assert all(Path(row["images"][0]).is_file() for row in rows)
+    again = CliRunner().invoke(app, [*asked, "--dtype", "float32", "--json"])
+    assert [summary["dtype"], json.loads(again.stdout)["dtype"]] == ["bfloat16", "float32"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -70,6 +70,10 @@ def evaluate_model(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the generations there, a JSON a line.")
     ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"],
+        typer.Option(help="Of the weights: as inference uses them, or as a `save_master` run kept them."),
+    ] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
@@ -85,6 +89,8 @@ def evaluate_model(
       deltalens eval ./my-vlm --task easy-vqa --problems 1000
 
       deltalens eval ./my-model --task reasoning-gym:chain_sum --max-new-tokens 256
+
+      deltalens eval runs/opd/master --dtype float32
     """
     from deltalens.train.evaluate import evaluate
 
@@ -96,6 +102,7 @@ def evaluate_model(
             problems=problems,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
+            dtype=dtype,
             seed=seed,
             on_progress=lambda done, total: progress(done, total, ""),
         )

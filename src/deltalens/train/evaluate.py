@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deltalens.errors import ConfigError
 from deltalens.files import whole_file
@@ -48,7 +48,8 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The result of `evaluate`; `truncated` is the share of replies that were cut at `max_new_tokens`."""
+    """The result of `evaluate`; `truncated` is the share of replies that were cut at `max_new_tokens`, `dtype` that of
+    the weights."""
 
     task: str
     problems: int
@@ -59,6 +60,7 @@ class Evaluation:
     mean_at_k: Accuracy
     pass_at_k: Accuracy
     truncated: float
+    dtype: str = "bfloat16"
     generations: tuple[Generation, ...] = ()
 
     def summary(self) -> dict[str, Any]:
@@ -92,14 +94,14 @@ def evaluate(
     temperature: float | None = None,
     max_new_tokens: int | None = None,
     privileged: bool = False,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
     batch_size: int = 64,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Let a model answer a task's held-out problems and score its replies.
 
-    The weights are read in bfloat16, as inference uses them (`load_for_generation`). The random state of the caller is
-    left as it was.
+    The random state of the caller is left as it was.
 
     Args:
         model: a folder or Hub id of a language model, or of an image-text model with its processor.
@@ -109,6 +111,7 @@ def evaluate(
         temperature: 0 for greedy decoding; None: 0 for one sample and 1 for more.
         max_new_tokens: a longer reply is cut there, and scored as it stands; None for the task's own limit.
         privileged: append the task's privileged context to each prompt (how a self-distillation teacher does).
+        dtype: of the weights: "bfloat16", as inference uses them, or "float32", of a master that has not been rounded.
         batch_size: replies generated at a time.
         seed: of the sampling.
         on_progress: called with replies done and in all.
@@ -131,7 +134,7 @@ def evaluate(
         if any(example.images for example in examples) and not sees_images(folder):
             raise ConfigError(f"{folder}: is a text model, and {task.name} asks about images; use an image-text model")
         processor = load_processor(folder)
-        network = load_for_generation(folder)
+        network = load_for_generation(folder, dtype)
         prompts = [e.prompt + e.context if privileged else e.prompt for e in examples for _ in range(samples)]
         replies = generate(
             network,
@@ -148,7 +151,7 @@ def evaluate(
         _scored(task, examples[index // samples], index // samples, index % samples, prompts[index], *reply)
         for index, reply in enumerate(replies)
     )
-    return _summarize(task.name, generations, samples, heat, limit, privileged)
+    return _summarize(task.name, generations, samples, heat, limit, privileged, dtype)
 
 
 def _scored(
@@ -168,7 +171,13 @@ def _scored(
 
 
 def _summarize(
-    task: str, generations: tuple[Generation, ...], samples: int, temperature: float, limit: int, privileged: bool
+    task: str,
+    generations: tuple[Generation, ...],
+    samples: int,
+    temperature: float,
+    limit: int,
+    privileged: bool,
+    dtype: str,
 ) -> Evaluation:
     problems = len(generations) // samples
     correct = [0] * problems
@@ -185,6 +194,7 @@ def _summarize(
         mean_at_k=Accuracy(value=mean[0], low=mean[1], high=mean[2]),
         pass_at_k=Accuracy(value=solved[0], low=solved[1], high=solved[2]),
         truncated=sum(g.truncated for g in generations) / len(generations),
+        dtype=dtype,
         generations=generations,
     )
 

@@ -180,16 +180,17 @@ def load_model(folder: Path, dtype: str) -> Any:
         raise ConfigError(f"{folder}: its model cannot be loaded ({_first_line(error)})") from None
 
 
-def load_for_generation(folder: Path) -> Any:
+def load_for_generation(folder: Path, dtype: str = "bfloat16") -> Any:
     """`load_model` on the device, its weights in bfloat16, as inference uses them; where bfloat16 is emulated the same
-    rounded weights are multiplied in float32, which is several times faster there.
+    rounded weights are multiplied in float32, which is several times faster there. `dtype`: "float32" for weights that
+    have not been rounded.
 
     Raises:
         ConfigError: it cannot be loaded.
     """
     import torch
 
-    model = load_model(folder, "bfloat16").to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(folder, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
     return model.float() if bfloat16_is_emulated() else model
 
 
