@@ -113,5 +113,7 @@ def test_bad_requests(tiny_model: Path, tmp_path: Path) -> None:
         evaluate(tiny_model, "sums", samples=0)
     with pytest.raises(ConfigError, match="greedy replies are all the same"):
         evaluate(tiny_model, "sums", samples=2, temperature=0)
+    with pytest.raises(ConfigError, match="dtype 'float16': choose bfloat16 or float32"):
+        evaluate(tiny_model, "sums", dtype="float16")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"no config\.json"):
         evaluate(tmp_path, "sums")

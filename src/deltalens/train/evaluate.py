@@ -128,6 +128,8 @@ def evaluate(
     heat = (0.0 if samples == 1 else 1.0) if temperature is None else temperature
     if heat < 0 or (heat == 0 and samples > 1):
         raise ConfigError(f"temperature {heat} with {samples} samples: greedy replies are all the same")
+    if dtype not in ("bfloat16", "float32"):
+        raise ConfigError(f"dtype {dtype!r}: choose bfloat16 or float32")
     examples = task.test(problems)
     with quiet_libraries():
         folder = resolve_model(model)
