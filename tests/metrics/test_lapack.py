@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltalens.metrics.lapack import all_eigenvalues, leading_eigenvectors
+from deltalens.metrics.lapack import SymmetricEigen, add_gram, leading_eigenvectors, mirror, orthonormalised
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 10**6), st.booleans())
@@ -14,9 +14,14 @@ def test_equals_numpy(n, k, seed, deficient):
     values, vectors = leading_eigenvectors(gram.copy(), k)
     expected = np.linalg.eigvalsh(gram)[::-1]
     np.testing.assert_allclose(values, expected, rtol=0, atol=1e-13 * n * max(expected[0], 1e-300))
-    np.testing.assert_array_equal(all_eigenvalues(gram.copy()), values)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(k), atol=1e-12)
     np.testing.assert_allclose(gram @ vectors, vectors * values[:k], atol=1e-12 * n * max(expected[0], 1e-300))
+    eigen = SymmetricEigen(gram.copy())
+    last = eigen.last(k)
+    np.testing.assert_array_equal(eigen.values, values)
+    np.testing.assert_array_equal(eigen.leading(k), vectors)  # in any order
+    np.testing.assert_allclose(last.T @ last, np.eye(k), atol=1e-12)
+    np.testing.assert_allclose(gram @ last, last * values[n - k :], atol=1e-12 * n * max(expected[0], 1e-300))
 
 
 @pytest.mark.parametrize("n", [130, 257])
@@ -27,3 +32,28 @@ def test_blocked_sizes(n):
     values, vectors = leading_eigenvectors(gram.copy(), n // 5)
     np.testing.assert_allclose(values, np.linalg.eigvalsh(gram)[::-1], rtol=1e-12)
     np.testing.assert_allclose(gram @ vectors, vectors * values[: n // 5], atol=1e-9 * values[0])
+
+
+@given(st.integers(0, 30), st.integers(1, 150), st.sampled_from([np.float32, np.float64]), st.booleans())
+def test_gram_matrices_add_up_block_by_block(rows, d, kind, turned):
+    rng = np.random.default_rng([rows, d])
+    blocks = [rng.standard_normal((b, d)).astype(kind) for b in (rows, 7)]
+    total = np.zeros((d, d), kind)
+    for block in blocks:
+        add_gram(total, np.asfortranarray(block) if turned else block)
+    whole = np.concatenate(blocks).astype(np.float64)
+    expected, tolerance = whole.T @ whole, 1e-5 if kind is np.float32 else 1e-13
+    np.testing.assert_allclose(np.triu(total), np.triu(expected), rtol=0, atol=tolerance * (rows + 7))
+    assert (np.tril(total, -1) == 0).all()
+    assert mirror(total) is total
+    np.testing.assert_allclose(total, expected, rtol=0, atol=tolerance * (rows + 7))
+    np.testing.assert_array_equal(total, total.T)
+
+
+@given(st.integers(1, 130), st.integers(0, 60))
+def test_q_factor(k, more):
+    block = np.random.default_rng([k, more]).standard_normal((k + more, k)).astype(np.float32)
+    q = orthonormalised(block.copy())
+    assert q.dtype == np.float32
+    np.testing.assert_allclose(q.T @ q, np.eye(k), atol=1e-5)
+    np.testing.assert_allclose(q @ (q.T @ block), block, atol=2e-4)  # the same span

@@ -9,13 +9,13 @@ from spectra_fixtures import every_matrix, lapack_svd, matrix, with_spectrum
 
 from deltalens.metrics import blocks
 from deltalens.metrics.blocks import value_blocks
-from deltalens.metrics.spectrum import factorise, product_singular_values, singular_values, spectrum_metrics
+from deltalens.metrics.spectrum import factorise, gram, product_singular_values, singular_values, spectrum_metrics
 
 TOLERANCES = {"numerical_rank_1e-4": 1e-4, "numerical_rank_1e-5": 1e-5, "numerical_rank_1e-6": 1e-6}
 
 
 def spectrum(values: np.ndarray) -> np.ndarray:
-    return singular_values(partial(value_blocks, values), max(values.shape), min(values.shape))
+    return singular_values(partial(value_blocks, values), min(values.shape))
 
 
 @pytest.fixture(params=[1 << 20, 257], ids=["one block", "many blocks"])
@@ -62,6 +62,30 @@ def test_numerical_rank_is_right_where_the_gram_matrix_sees_only_noise(shape):
     assert row["numerical_rank_1e-6"] == 40
     assert row["numerical_rank_1e-5"] == np.count_nonzero(values > 1e-5)
     assert row["numerical_rank_1e-4"] == np.count_nonzero(values > 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(150, 150), (150, 170), (900, 150), (150, 900)])
+@pytest.mark.parametrize("small", [1, 30], ids=["one", "many"])
+def test_what_the_gram_matrix_cannot_resolve_comes_from_the_matrix(shape, small, monkeypatch):
+    """Without a direct SVD of the whole, and as accurate: to a few ε·σ₁."""
+    wanted = np.concatenate([np.logspace(0, -2, 150 - small), np.logspace(-3.6, -9, small)])
+    values = 7.0 * with_spectrum(np.random.default_rng(4), *shape, wanted)
+    svd = np.linalg.svd
+    sizes = []
+    monkeypatch.setattr(np.linalg, "svd", lambda a, **kwargs: sizes.append(a.shape[1]) or svd(a, **kwargs))
+    mine = spectrum(values)
+    assert sizes == [small]
+    np.testing.assert_allclose(mine, lapack_svd(values)[1], rtol=1e-9, atol=7 * 4e-15)
+    factors = factorise(partial(value_blocks, values), max(shape), 150, 8)
+    np.testing.assert_array_equal(factors.values, mine)
+
+
+def test_a_gram_matrix_at_hand_is_used():
+    values = matrix("tall", 5)
+    blocks = partial(value_blocks, values)
+    short = min(values.shape)
+    np.testing.assert_array_equal(singular_values(blocks, short, gram(blocks, short)), spectrum(values))
+    assert singular_values(blocks, short, np.eye(short)).tolist() == [1.0] * short
 
 
 @pytest.mark.usefixtures("block_elements")

@@ -39,8 +39,9 @@ class DeviceColumns(SpectralColumns):
     def _delta_pass(self, after: np.ndarray) -> DeltaPass:
         return delta_pass_on(delta_matrix(self.before, after, self.settings.device), self.source)
 
-    def _delta_values(self, after: np.ndarray) -> np.ndarray:
-        return singular_values_on(delta_matrix(self.before, after, self.settings.device))
+    def _update(self, after: np.ndarray) -> tuple[np.ndarray, DeltaPass]:
+        delta = delta_matrix(self.before, after, self.settings.device)
+        return singular_values_on(delta), delta_pass_on(delta, self.source)
 
     def sines(self, before: np.ndarray, after: np.ndarray, ranks: Sequence[int]) -> list[float]:
         device = self.settings.device

@@ -14,6 +14,7 @@ import numpy as np
 
 from deltalens.analysis.settings import ratio_suffix
 from deltalens.analysis.spectral import SpectralColumns
+from deltalens.metrics.alignment import DeltaPass
 from deltalens.metrics.blocks import delta_blocks, value_blocks
 from deltalens.metrics.randomised import (
     RankEstimate,
@@ -72,24 +73,26 @@ class FastColumns(SpectralColumns):
 
     def _delta_columns(self) -> dict[str, Any]:
         scale = power_of_two_scale(self.c.delta_energy, self.c.size)
-        blocks = partial(single_delta_blocks, self.before, self.after, scale)
-        gram = gram_single(blocks, self.width)
-        passed = single_delta_pass(blocks, gram, self.source)
-        top, rank = self._spectrum(gram, scale)
+        # `passed` is of Δ · scale: so is the energy that its projections are shares of.
+        self.scaled_energy = self.c.delta_energy * scale**2
+        passed: DeltaPass | None = None
+        top, rank = np.zeros(min(TOP, self.width)), None
+        if self.c.delta_energy > 0:
+            blocks = partial(single_delta_blocks, self.before, self.after, scale)
+            gram = gram_single(blocks, self.width)
+            passed = single_delta_pass(blocks, gram, self.source)
+            top, rank = self._spectrum(gram, scale)
         self.spectra["delta"] = top
         row = self._spectrum_columns(top, rank)
-        # `passed` is of Δ · scale: so is the energy that its projections are shares of.
-        energy = self.c.delta_energy
-        self.scaled_energy = energy * scale**2
         return {**row, **self._chance_columns(), **self._projection_columns(passed), **self._residual_columns()}
 
-    def _projections(self, passed: Any, energy: float, k: int) -> tuple[float | None, float | None, float | None]:
+    def _projections(
+        self, passed: DeltaPass | None, energy: float, k: int
+    ) -> tuple[float | None, float | None, float | None]:
         return super()._projections(passed, self.scaled_energy, k)
 
-    def _spectrum(self, gram: np.ndarray, scale: float) -> tuple[np.ndarray, RankEstimate | None]:
-        """The leading singular values of Δ (float64, at most 64), and its effective rank (None for a zero update)."""
-        if self.c.delta_energy == 0:
-            return np.zeros(min(TOP, self.width)), None
+    def _spectrum(self, gram: np.ndarray, scale: float) -> tuple[np.ndarray, RankEstimate]:
+        """The leading singular values of Δ, which is not zero (float64, at most 64), and its effective rank."""
         if self.low_rank is None and self.width > DIRECT_UP_TO:
             eigenvalues, vectors = leading_eigenpairs(gram, TOP, self.settings.seed)
             self.leading = vectors
@@ -99,7 +102,7 @@ class FastColumns(SpectralColumns):
         if self.low_rank is not None:
             values = product_singular_values(*self.low_rank)
         else:
-            values = singular_values(partial(delta_blocks, self.before, self.after), self.length, self.width)
+            values = singular_values(partial(delta_blocks, self.before, self.after), self.width)
         exact = spectrum_metrics(values)["effective_rank"]
         assert exact is not None
         return values[:TOP], RankEstimate(exact, 0.0)

@@ -21,8 +21,7 @@ from deltalens.analysis.settings import Settings
 from deltalens.analysis.spectral import SpectralColumns
 from deltalens.checkpoint.base import Checkpoint
 from deltalens.checkpoint.pairing import TensorPair
-from deltalens.metrics.alignment import DeltaPass, delta_pass, delta_pass_and_gram
-from deltalens.metrics.blocks import Blocks, at_hand, delta_blocks
+from deltalens.metrics.blocks import Blocks
 from deltalens.metrics.coordinates import Coordinates
 from deltalens.metrics.lapack import leading_eigenvectors
 from deltalens.metrics.masks import count_bits, pack_updates
@@ -31,7 +30,7 @@ from deltalens.metrics.random_values import subspace_similarity_random
 from deltalens.metrics.randomised import RankEstimate
 from deltalens.metrics.rounding_null import RoundingNull, excess
 from deltalens.metrics.single_precision import long_vectors, single_delta_blocks
-from deltalens.metrics.spectrum import NEARLY_SQUARE, Factorisation, factorise_update
+from deltalens.metrics.spectrum import Factorisation, factorise
 from deltalens.metrics.trajectory import MaskHistory, overlap, product_subspaces, subspaces
 
 __all__ = ["follow"]
@@ -78,38 +77,14 @@ class _Keeping(SpectralColumns):
             self.kept.draws.append(found)
         return factors.values
 
-    def _delta_values(self, after: np.ndarray) -> np.ndarray:
-        blocks = partial(delta_blocks, self.before, after)
-        return self._keep(after, factorise_update(blocks, self.length, self.width, min(SUBSPACE, self.width)))
-
-
-class _ExactColumns(_Keeping):
-    """Shares one pass over Δ between its spectrum and its projections."""
-
-    _passed: tuple[np.ndarray, Blocks, DeltaPass, np.ndarray | None] | None = None  # of which Δ, and what was made
-
-    def _pass(self, after: np.ndarray) -> tuple[Blocks, DeltaPass, np.ndarray | None]:
-        if self._passed is None or self._passed[0] is not after:
-            blocks = at_hand(partial(delta_blocks, self.before, after), self.before.shape)
-            if self.length <= NEARLY_SQUARE * self.width:
-                self._passed = after, blocks, delta_pass(blocks, self.source), None
-            else:
-                self._passed = after, blocks, *delta_pass_and_gram(blocks, self.source)
-        return self._passed[1:]
-
-    def _delta_pass(self, after: np.ndarray) -> DeltaPass:
-        return self._pass(after)[1]
-
-    def _delta_values(self, after: np.ndarray) -> np.ndarray:
-        blocks, _, products = self._pass(after)
-        k = min(SUBSPACE, self.width)
-        return self._keep(after, factorise_update(blocks, self.length, self.width, k, products))
+    def _delta_values(self, after: np.ndarray, blocks: Blocks, products: np.ndarray) -> np.ndarray:
+        return self._keep(after, factorise(blocks, self.length, self.width, min(SUBSPACE, self.width), products))
 
 
 class _FastColumns(_Keeping, FastColumns):
-    def _spectrum(self, gram: np.ndarray, scale: float) -> tuple[np.ndarray, RankEstimate | None]:
+    def _spectrum(self, gram: np.ndarray, scale: float) -> tuple[np.ndarray, RankEstimate]:
         top, rank = super()._spectrum(gram, scale)
-        if self.c.delta_energy > 0 and self.low_rank is None:
+        if self.low_rank is None:
             k = min(SUBSPACE, self.width)
             short = self.leading
             if short is None:
@@ -186,7 +161,7 @@ def _at(
         kept.null = null
 
     def columns_of(*arguments: Any) -> SpectralColumns:
-        columns = _FastColumns(*arguments) if settings.spectrum == "fast" else _ExactColumns(*arguments)
+        columns = _FastColumns(*arguments) if settings.spectrum == "fast" else _Keeping(*arguments)
         columns.kept, columns.stream = kept, stream
         return columns
 

@@ -33,29 +33,28 @@ def draw_update(words: np.ndarray, scale: float, rng: np.random.Generator) -> np
 def simulated_null(
     words: np.ndarray,
     scale: float,
-    singular_values: Callable[[np.ndarray], np.ndarray],
-    delta_pass: Callable[[np.ndarray], DeltaPass],
+    update: Callable[[np.ndarray], tuple[np.ndarray, DeltaPass]],
     ranks: Sequence[int],
     settings: Settings,
     stream: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """Columns `…_null` (mean over draws) and `…_null_std` of stable rank, top-k energies and projections.
 
-    `singular_values` and `delta_pass` take a draw (words) and give those of its difference to the source.
+    `update` takes a draw (words) and gives its difference to the source as `SpectralColumns._update` does.
     Draws of another `stream` are independent of these.
     """
     seen: dict[str, list[float]] = {}
     for draw in range(settings.null_draws):
         rng = np.random.default_rng([settings.seed, draw, *words.shape, *stream])
         drawn = draw_update(words, scale, rng)
-        energies = singular_values(drawn) ** 2
+        singular_values, passed = update(drawn)
+        energies = singular_values**2
         total = float(energies.sum())
         if total == 0:
             continue
         seen.setdefault("stable_rank", []).append(total / float(energies[0]))
         for k in TOP_ENERGIES:
             seen.setdefault(f"top{k}_energy", []).append(float(energies[:k].sum()) / total)
-        passed = delta_pass(drawn)
         for k, ratio in zip(ranks, settings.ratios, strict=True):
             joint, long, short = projections(passed, total, k)
             left, right = (long, short) if is_tall(words.shape) else (short, long)

@@ -14,8 +14,15 @@ from deltalens.analysis.cache import SourceCache
 from deltalens.analysis.null_draws import permutation_columns, simulated_null
 from deltalens.analysis.settings import KINDS, Settings, mask_shares, mask_suffix, ratio_suffix
 from deltalens.metrics import random_values
-from deltalens.metrics.alignment import DeltaPass, delta_pass, principal_sines, projections, spectral_shift
-from deltalens.metrics.blocks import at_hand, delta_blocks, is_tall, value_blocks
+from deltalens.metrics.alignment import (
+    DeltaPass,
+    delta_pass,
+    delta_pass_and_gram,
+    principal_sines,
+    projections,
+    spectral_shift,
+)
+from deltalens.metrics.blocks import Blocks, at_hand, delta_blocks, is_tall, value_blocks
 from deltalens.metrics.coordinates import Coordinates, low_magnitude_coverage, measure_coordinates
 from deltalens.metrics.masks import MaskSpec, MaskSums, pack_updates
 from deltalens.metrics.members import WORD_COUNT, PrincipalMembers, find_members
@@ -88,8 +95,15 @@ class SpectralColumns:
     def _delta_pass(self, after: np.ndarray) -> DeltaPass:
         return delta_pass(partial(delta_blocks, self.before, after), self.source)
 
-    def _delta_values(self, after: np.ndarray) -> np.ndarray:
-        return singular_values(partial(delta_blocks, self.before, after), self.length, self.width)
+    def _update(self, after: np.ndarray) -> tuple[np.ndarray, DeltaPass]:
+        """Every singular value of after − before, and its image in the source's bases, from one pass over it."""
+        blocks = at_hand(partial(delta_blocks, self.before, after), self.before.shape)
+        passed, products = delta_pass_and_gram(blocks, self.source)
+        return self._delta_values(after, blocks, products), passed
+
+    def _delta_values(self, after: np.ndarray, blocks: Blocks, products: np.ndarray) -> np.ndarray:
+        """Singular values of after − before from its blocks and its Gram matrix, which is overwritten."""
+        return singular_values(blocks, self.width, products)
 
     def columns(self) -> dict[str, Any]:
         row: dict[str, Any] = {"spectrum_mode": self.mode}
@@ -103,14 +117,14 @@ class SpectralColumns:
         return row
 
     def _delta_columns(self) -> dict[str, Any]:
-        """Spectrum of Δ and its projections, from one pass over Δ (a second where the Gram matrix is not enough)."""
-        passed = self._delta_pass(self.after)
+        """Spectrum of Δ and its projections."""
+        passed: DeltaPass | None
         if self.c.delta_energy == 0:
-            values = np.zeros(self.width)
+            values, passed = np.zeros(self.width), None
         elif self.low_rank is not None:
-            values = product_singular_values(*self.low_rank)
+            values, passed = product_singular_values(*self.low_rank), self._delta_pass(self.after)
         else:
-            values = self._delta_values(self.after)
+            values, passed = self._update(self.after)
         self.spectra["delta"] = values
         return {**spectrum_metrics(values), **self._chance_columns(), **self._projection_columns(passed)}
 
@@ -121,7 +135,7 @@ class SpectralColumns:
             row[f"top{k}_energy_random"] = random_values.top_energy_random(m, n, min(k, self.width))
         return row
 
-    def _projection_columns(self, passed: DeltaPass) -> dict[str, Any]:
+    def _projection_columns(self, passed: DeltaPass | None) -> dict[str, Any]:
         """Projections and their random values, then the columns of the simulated null."""
         m, n = self.before.shape
         row: dict[str, Any] = {}
@@ -138,9 +152,11 @@ class SpectralColumns:
                 row[f"{name}_projection_{suffix}_random"] = chance
         return row | draws
 
-    def _projections(self, passed: DeltaPass, energy: float, k: int) -> tuple[float | None, float | None, float | None]:
+    def _projections(
+        self, passed: DeltaPass | None, energy: float, k: int
+    ) -> tuple[float | None, float | None, float | None]:
         """(joint, left, right); None for a zero update."""
-        if energy == 0:
+        if passed is None:
             return None, None, None
         joint, long, short = projections(passed, energy, k)
         return (joint, long, short) if is_tall(self.before.shape) else (joint, short, long)
@@ -149,9 +165,7 @@ class SpectralColumns:
         null = self.nulls[1]
         if not self.settings.null_draws or null is None or self.before.dtype != np.uint16:
             return {}
-        return simulated_null(
-            self.before, null.scale, self._delta_values, self._delta_pass, self.ranks, self.settings, self.stream
-        )
+        return simulated_null(self.before, null.scale, self._update, self.ranks, self.settings, self.stream)
 
     def _rotation_columns(self) -> dict[str, Any]:
         trained = self._factorise(self.after)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deltalens.metrics.blocks import Blocks
+from deltalens.metrics.lapack import add_gram, mirror
 from deltalens.metrics.spectrum import Factorisation
 
 __all__ = ["DeltaPass", "delta_pass", "delta_pass_and_gram", "principal_sines", "projections", "spectral_shift"]
@@ -45,13 +46,14 @@ def delta_pass(blocks: Blocks, source: Factorisation) -> DeltaPass:
 
 def delta_pass_and_gram(blocks: Blocks, source: Factorisation) -> tuple[DeltaPass, np.ndarray]:
     """`delta_pass` and Δ's Gram matrix (d, d), which spares one of its two products: ‖Δv‖² = vᵀ(ΔᵀΔ)v."""
-    on_long, products = _Sum(), _Sum()
+    width = source.short.shape[0]
+    on_long, products = _Sum(), np.zeros((width, width))
     for part, block in blocks():
-        products.add(block.T @ block)
+        add_gram(products, block)
         on_long.add(source.long[part].T @ block)
-    short_energy = np.einsum("kd,dk->k", source.short.T @ products.total, source.short)
+    short_energy = np.einsum("kd,dk->k", source.short.T @ mirror(products), source.short)
     long_energy = np.einsum("kd,kd->k", on_long.total, on_long.total)
-    return DeltaPass(long_energy, short_energy, on_long.total @ source.short), products.total
+    return DeltaPass(long_energy, short_energy, on_long.total @ source.short), products
 
 
 class _Sum:

@@ -17,6 +17,8 @@ from typing import Protocol
 
 import numpy as np
 
+from deltalens.metrics.lapack import orthonormalised
+
 __all__ = [
     "GramOperator",
     "RankEstimate",
@@ -68,7 +70,7 @@ def leading_eigenpairs(gram: GramOperator, k: int, seed: int, *, depth: int = DE
     rng = np.random.default_rng(seed)
     basis = np.empty((d, block * (depth + 1)), np.float32)
     image = np.empty_like(basis)
-    current = np.linalg.qr(rng.standard_normal((d, block), np.float32))[0]
+    current = orthonormalised(rng.standard_normal((d, block), np.float32))
     for step in range(depth + 1):
         here = slice(step * block, (step + 1) * block)
         basis[:, here] = current
@@ -76,12 +78,12 @@ def leading_eigenpairs(gram: GramOperator, k: int, seed: int, *, depth: int = DE
         if step < depth:
             held = basis[:, : here.stop]
             following = image[:, here] - held @ (held.T @ image[:, here])
-            following = np.linalg.qr(following)[0]
+            following = orthonormalised(following)
             following -= held @ (held.T @ following)  # twice is enough
-            current = np.linalg.qr(following)[0]
+            current = orthonormalised(following)
     # A matrix of low rank leaves nothing but noise to follow with, which may lie in what is held already.
     if np.abs(basis.T @ basis - np.eye(basis.shape[1], dtype=np.float32)).max() > ORTHONORMAL:
-        basis = np.linalg.qr(basis)[0]
+        basis = orthonormalised(basis)
         image = gram @ basis
     return _rayleigh_ritz(basis, image, k)
 
@@ -104,7 +106,7 @@ def principal_subspace(gram: np.ndarray, k: int, seed: int) -> tuple[np.ndarray,
     rng = np.random.default_rng(seed)
     basis = rng.standard_normal((d, width), np.float32)
     for _ in range(2):  # the filter needs a fair guess at where the unwanted end of the spectrum begins
-        basis = np.linalg.qr(gram @ basis)[0]
+        basis = orthonormalised(gram @ basis)
     for left in range(ROUNDS, -1, -1):
         image = gram @ basis
         core = (basis.T @ image).astype(np.float64)
@@ -115,7 +117,7 @@ def principal_subspace(gram: np.ndarray, k: int, seed: int) -> tuple[np.ndarray,
         residuals = np.einsum("dk,dk->k", residual, residual, dtype=np.float64)
         if left == 0 or relative_residual(residuals, values[:k]) < ENOUGH:
             break
-        basis = np.linalg.qr(_filter(gram, basis, image, values))[0]
+        basis = orthonormalised(_filter(gram, basis, image, values))
     return values[:k].copy(), np.ascontiguousarray(basis[:, :k]), residuals
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from deltalens.metrics.alignment import DeltaPass
 from deltalens.metrics.blocks import cut, is_tall
+from deltalens.metrics.lapack import add_gram, mirror
 from deltalens.metrics.spectrum import Factorisation
 from deltalens.metrics.values import KERNEL, WORDS, narrow_single, widen_word
 
@@ -100,10 +101,9 @@ def _scaled_delta_words(source, trained, scale, out):  # type: ignore[no-untyped
 def gram_single(blocks: SingleBlocks, width: int) -> np.ndarray:
     """Σ blockᵀ·block, (d, d) float32; an eigenvalue carries an absolute error of some 1e-7 of the largest."""
     total = np.zeros((width, width), np.float32)
-    product = np.empty_like(total)
     for _, block in blocks():
-        total += np.matmul(block.T, block, out=product)
-    return total
+        add_gram(total, block)
+    return mirror(total)
 
 
 def long_vectors(blocks: SingleBlocks, short: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:

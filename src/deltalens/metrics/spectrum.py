@@ -4,9 +4,10 @@ NumPy's `svd` is used rather than SciPy's: it releases the interpreter lock, so 
 (checked with NumPy 2.4, SciPy 1.17).
 
 A Gram matrix squares the condition: an eigenvalue λ carries an absolute error of some ε·λ₁, so a σ below √ε·σ₁ is
-noise. Values are taken from it only while σ_min > 3e-4·σ₁ (relative error of σ then under 1e-8); otherwise, and
-for nearly square matrices where it is as fast, from LAPACK's SVD of the matrix (of its R factor, by blocks, where
-it is tall).
+noise. Values are taken from it only while they are above 3e-4·σ₁ (relative error then under 1e-8). Those below are the
+singular values of A·V, V being their eigenvectors: an error θ of V towards a direction of σ_j above adds but
+(θ·σ_j)² ≈ (ε·λ₁/σ_j)² to σ², some 1e-24·λ₁ (Rayleigh and Ritz; LAPACK's own SVD is no better than ε·σ₁). Where these
+are many, all values come from LAPACK's SVD of the matrix (of its R factor, by blocks, where it is tall).
 """
 
 from __future__ import annotations
@@ -17,14 +18,12 @@ from math import ceil
 import numpy as np
 
 from deltalens.metrics.blocks import Blocks
-from deltalens.metrics.lapack import all_eigenvalues, all_singular_values_few_vectors, leading_eigenvectors
+from deltalens.metrics.lapack import SymmetricEigen, add_gram
 
 __all__ = [
-    "NEARLY_SQUARE",
     "TOP_ENERGIES",
     "Factorisation",
     "factorise",
-    "factorise_update",
     "product_singular_values",
     "singular_values",
     "spectrum_metrics",
@@ -32,9 +31,9 @@ __all__ = [
 
 TOP_ENERGIES = (1, 2, 4, 8, 16, 32, 64)
 RANK_TOLERANCES = (1e-4, 1e-5, 1e-6)
-GRAM_VALUES_DOWN_TO = 1e-7  # λ_min/λ₁ below which singular values are recomputed directly
+GRAM_VALUES_DOWN_TO = 1e-7  # λ/λ₁ below which singular values are not taken from the Gram matrix
 GRAM_VECTORS_DOWN_TO = 1e-4  # λ_k/λ₁ below which singular vectors are recomputed directly
-NEARLY_SQUARE = 1.3  # longer/shorter side up to which the direct SVD of values costs no more than the Gram way
+UNRESOLVED_SHARE = 1 / 4  # of all values, up to which their eigenvectors cost less than a direct SVD
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,27 +54,36 @@ class Factorisation:
 
 
 def gram(blocks: Blocks, width: int) -> np.ndarray:
-    """Σ blockᵀ·block, (d, d) float64; NumPy turns `A.T @ A` into syrk."""
+    """Σ blockᵀ·block, (d, d) float64, in the upper triangle."""
     total = np.zeros((width, width))
     for _, block in blocks():
-        total += block.T @ block
+        add_gram(total, block)
     return total
 
 
-def singular_values(blocks: Blocks, length: int, width: int) -> np.ndarray:
+def singular_values(blocks: Blocks, width: int, products: np.ndarray | None = None) -> np.ndarray:
     """All singular values, descending, of the matrix that `blocks` yields with its longer side as rows.
 
     Args:
         blocks: gives (slice, float64 (b, d)) blocks; may be called twice.
-        length: the longer side.
         width: the shorter side, d.
+        products: its Gram matrix (d, d) where it is at hand; overwritten.
     """
-    if length <= NEARLY_SQUARE * width:
-        return np.linalg.svd(_reduced(blocks, width), compute_uv=False)
-    eigenvalues = all_eigenvalues(gram(blocks, width))
-    if eigenvalues[-1] > GRAM_VALUES_DOWN_TO * eigenvalues[0] or eigenvalues[0] == 0:
-        return np.sqrt(np.maximum(eigenvalues, 0))
-    return np.linalg.svd(_reduced(blocks, width), compute_uv=False)
+    return _values(blocks, SymmetricEigen(gram(blocks, width) if products is None else products))
+
+
+def _values(blocks: Blocks, eigen: SymmetricEigen) -> np.ndarray:
+    """All singular values, from the Gram matrix's eigenvalues where these are good enough."""
+    values = np.sqrt(np.maximum(eigen.values, 0))
+    unresolved = int(np.count_nonzero(eigen.values <= GRAM_VALUES_DOWN_TO * eigen.values[0]))
+    if unresolved == 0 or values[0] == 0:
+        return values
+    if unresolved > UNRESOLVED_SHARE * values.size:
+        return np.linalg.svd(_reduced(blocks, values.size), compute_uv=False)
+    last = eigen.last(unresolved)
+    image = _reduced(lambda: ((part, block @ last) for part, block in blocks()), unresolved)
+    values[-unresolved:] = np.linalg.svd(image, compute_uv=False)
+    return np.sort(values)[::-1]  # where the two kinds meet they differ by rounding
 
 
 def product_singular_values(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -104,40 +112,20 @@ def _reduced(blocks: Blocks, width: int) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def factorise(blocks: Blocks, length: int, width: int, k: int) -> Factorisation:
+def factorise(blocks: Blocks, length: int, width: int, k: int, products: np.ndarray | None = None) -> Factorisation:
     """Every singular value and the top `k` singular vectors of both sides.
 
     Directions whose singular value is under 1e-12·σ₁ have no left partner; their long vector is zero, so that a
-    rank-deficient source has no more principal directions than its rank.
+    rank-deficient matrix has no more principal directions than its rank.
+
+    `products`: the Gram matrix (d, d) where it is at hand; overwritten.
     """
-    eigenvalues, short = leading_eigenvectors(gram(blocks, width), k)
-    values = np.sqrt(np.maximum(eigenvalues, 0))
-    if eigenvalues[k - 1] < GRAM_VECTORS_DOWN_TO * eigenvalues[0]:
+    eigen = SymmetricEigen(gram(blocks, width) if products is None else products)
+    if eigen.values[k - 1] < GRAM_VECTORS_DOWN_TO * eigen.values[0]:
         _, values, transposed = np.linalg.svd(_reduced(blocks, width), full_matrices=False)
         short = np.ascontiguousarray(transposed[:k].T)
-    return Factorisation(_long_vectors(blocks, length, values[:k], short), values, short)
-
-
-def factorise_update(
-    blocks: Blocks, length: int, width: int, k: int, products: np.ndarray | None = None
-) -> Factorisation:
-    """`singular_values` of Δ and its top `k` singular vectors, for little more than the former; k is small beside d.
-
-    `products`: Δ's Gram matrix (d, d) where it is at hand; overwritten. Not used for nearly square matrices.
-    """
-    if length <= NEARLY_SQUARE * width:
-        values, short = all_singular_values_few_vectors(_reduced(blocks, width), k)
-        smallest = values[k - 1] ** 2 / max(values[0] ** 2, 1e-300)
     else:
-        products = gram(blocks, width) if products is None else products
-        eigenvalues, short = leading_eigenvectors(products, k)
-        smallest = eigenvalues[k - 1] / max(eigenvalues[0], 1e-300)
-        values = np.sqrt(np.maximum(eigenvalues, 0))
-        if smallest >= GRAM_VECTORS_DOWN_TO and eigenvalues[-1] <= GRAM_VALUES_DOWN_TO * eigenvalues[0]:
-            values = np.linalg.svd(_reduced(blocks, width), compute_uv=False)
-    if smallest < GRAM_VECTORS_DOWN_TO:
-        _, values, transposed = np.linalg.svd(_reduced(blocks, width), full_matrices=False)
-        short = np.ascontiguousarray(transposed[:k].T)
+        values, short = _values(blocks, eigen), eigen.leading(k)
     return Factorisation(_long_vectors(blocks, length, values[:k], short), values, short)
 
 
