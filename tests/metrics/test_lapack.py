@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltalens.metrics import lapack
 from deltalens.metrics.lapack import SymmetricEigen, add_gram, leading_eigenvectors, mirror, orthonormalised
 
 
@@ -25,13 +26,21 @@ def test_equals_numpy(n, k, seed, deficient):
 
 
 @pytest.mark.parametrize("n", [130, 257])
-def test_blocked_sizes(n):
+@pytest.mark.parametrize("crowded", [1.5, lapack.CROWDED])
+def test_blocked_sizes(n, crowded, monkeypatch):
+    """By inverse iteration, and by MRRR where it would have too many neighbours to make orthogonal."""
+    monkeypatch.setattr(lapack, "CROWDED", crowded)
+    by_mrrr, made = SymmetricEigen._by_mrrr, []
+    monkeypatch.setattr(SymmetricEigen, "_by_mrrr", lambda *args: made.append(args) or by_mrrr(*args))
     rng = np.random.default_rng(n)
-    factor = rng.standard_normal((2 * n, n))
-    gram = factor.T @ factor
-    values, vectors = leading_eigenvectors(gram.copy(), n // 5)
-    np.testing.assert_allclose(values, np.linalg.eigvalsh(gram)[::-1], rtol=1e-12)
-    np.testing.assert_allclose(gram @ vectors, vectors * values[: n // 5], atol=1e-9 * values[0])
+    values = np.concatenate([np.linspace(1, 2, n - 10), 3 + 1e-4 * np.arange(10)])  # a bunch of ten at the top
+    q = np.linalg.qr(rng.standard_normal((n, n)))[0]
+    gram, k = (q * values) @ q.T, n // 5
+    found, vectors = leading_eigenvectors(gram.copy(), k)
+    assert len(made) == (crowded == 1.5)
+    np.testing.assert_allclose(found, values[::-1], rtol=1e-12)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(k), atol=1e-12)
+    np.testing.assert_allclose(gram @ vectors, vectors * found[:k], atol=1e-12)
 
 
 @given(st.integers(0, 30), st.integers(1, 150), st.sampled_from([np.float32, np.float64]), st.booleans())
