@@ -14,7 +14,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
 from deltalens.metrics.blocks import block_slices, cut, is_tall
 from deltalens.metrics.coordinate_kernels import BINS, NONFINITE
-from deltalens.metrics.lapack import leading_eigenvectors
+from deltalens.metrics.lapack import add_gram, leading_eigenvectors, mirror
 from deltalens.metrics.overlap_kernels import count_magnitudes, join_runs, mark_run, subtract, word_magnitudes
 from deltalens.metrics.values import word_values
 
@@ -181,16 +181,16 @@ def _blocks(before: np.ndarray, after: np.ndarray, kind: type) -> Iterator[tuple
 
 
 def _gram(before: np.ndarray, after: np.ndarray, kind: type) -> np.ndarray:
-    """c·ΔᵀΔ or c·ΔΔᵀ, the smaller, as float64 (d, d), products within a block summed in `kind`; the scalar c keeps
-    the squares of tiny updates inside float32's range."""
-    total = np.zeros((min(before.shape),) * 2)
+    """c·ΔᵀΔ or c·ΔΔᵀ, the smaller, summed in `kind`, as float64 (d, d); the scalar c keeps the squares of tiny updates
+    inside float32's range."""
+    total = np.zeros((min(before.shape),) * 2, kind)
     scale = 0.0
     for _, block in _blocks(before, after, kind):
         if scale == 0.0 and (largest := float(np.abs(block).max(initial=0.0))) > 0.0:
             scale = 2.0 ** -np.frexp(largest)[1]
         block *= kind(scale)
-        total += block.T @ block
-    return total
+        add_gram(total, block)
+    return mirror(total).astype(np.float64, copy=False)
 
 
 def _leading(gram: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, bool]:
