@@ -5,8 +5,10 @@ from math import exp, log
 
 import numpy as np
 import pytest
+import torch
 from spectra_fixtures import every_matrix, lapack_svd, matrix, with_spectrum
 
+from deltalens.accelerator.columns import factorise_on, singular_values_on
 from deltalens.metrics import blocks
 from deltalens.metrics.blocks import value_blocks
 from deltalens.metrics.spectrum import factorise, gram, product_singular_values, singular_values, spectrum_metrics
@@ -168,3 +170,28 @@ def test_a_long_ill_conditioned_matrix_is_reduced_block_by_block(turned, element
     long, short = (v, u) if turned else (u, v)
     for mine, theirs in ((factors.long, long), (factors.short, short)):
         np.testing.assert_allclose(np.abs((mine * theirs[:, :20]).sum(axis=0)), 1.0, atol=1e-6)
+
+
+def test_the_device_twins_give_the_same_values():
+    for label, values in every_matrix(each=4):
+        tall = torch.from_numpy(values if values.shape[0] >= values.shape[1] else values.T.copy())
+        mine = singular_values_on(tall)
+        largest = mine[0]
+        np.testing.assert_allclose(mine, lapack_svd(values)[1], rtol=1e-8, atol=1e-13 * largest, err_msg=label)
+        assert (np.diff(mine) <= 0).all(), label
+        factors = factorise_on(tall, min(3, mine.size))
+        np.testing.assert_allclose(factors.values, mine, rtol=1e-8, atol=1e-13 * largest, err_msg=label)
+        here = factorise(partial(value_blocks, values), max(values.shape), mine.size, min(3, mine.size))
+        if mine.size > 3 and mine[2] - mine[3] > 1e-3 * largest:
+            for ours, theirs in ((factors.long, here.long), (factors.short, here.short)):
+                np.testing.assert_allclose(ours @ (ours.T @ theirs), theirs, atol=1e-8, err_msg=label)
+    assert singular_values_on(torch.zeros(5, 3, dtype=torch.float64)).tolist() == [0.0] * 3
+
+
+def test_a_device_needs_no_direct_svd_for_a_few_small_values(monkeypatch):
+    wanted = np.concatenate([np.logspace(0, -2, 147), [1e-4, 1e-6, 1e-8]])
+    values = torch.from_numpy(with_spectrum(np.random.default_rng(4), 160, 150, wanted))
+    svd, sizes = torch.linalg.svdvals, []
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda a: sizes.append(a.shape[1]) or svd(a))
+    np.testing.assert_allclose(singular_values_on(values), wanted, rtol=1e-9, atol=4e-15)
+    assert sizes == [3]

@@ -1,8 +1,8 @@
 """The spectral columns of one matrix on a device, each the twin of a function in `metrics`.
 
 The whole matrix is on the device in float64, so that nothing is cut into blocks but the reconstructions of the
-principal masks. Singular values come from the Gram matrix wherever it resolves them, also of nearly square
-matrices: on a GPU an SVD costs many times an eigenvalue decomposition.
+principal masks. As in `metrics.spectrum`, a direct SVD is the last resort: on a GPU it costs many times an eigenvalue
+decomposition.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deltalens.metrics.alignment import DeltaPass
 from deltalens.metrics.blocks import cut
 from deltalens.metrics.masks import MaskSums
 from deltalens.metrics.rounding_null import RoundingNull
-from deltalens.metrics.spectrum import GRAM_VALUES_DOWN_TO, GRAM_VECTORS_DOWN_TO, Factorisation
+from deltalens.metrics.spectrum import GRAM_VALUES_DOWN_TO, GRAM_VECTORS_DOWN_TO, UNRESOLVED_SHARE, Factorisation
 
 __all__ = ["DeviceColumns", "delta_pass_on", "factorise_on", "sines_on", "singular_values_on"]
 
@@ -76,20 +76,36 @@ def _reduced(matrix: torch.Tensor) -> torch.Tensor:
 
 def singular_values_on(matrix: torch.Tensor) -> np.ndarray:
     """All singular values, descending, of a (length, width) float64 matrix on a device."""
-    eigenvalues = torch.linalg.eigvalsh(matrix.T @ matrix).flip(0)
-    if eigenvalues[-1] > GRAM_VALUES_DOWN_TO * eigenvalues[0] or eigenvalues[0] == 0:
-        return _host(eigenvalues.clamp(min=0).sqrt())
-    return _host(torch.linalg.svdvals(_reduced(matrix)))
+    products = matrix.T @ matrix
+    ascending = torch.linalg.eigvalsh(products)
+    if not _unresolved(ascending):
+        return _host(ascending.flip(0).clamp(min=0).sqrt())
+    return _host(_values(matrix, *torch.linalg.eigh(products)))
+
+
+def _unresolved(ascending: torch.Tensor) -> int:
+    """How many eigenvalues of a Gram matrix are too small for its rounding; none of a zero matrix's."""
+    return int((ascending <= GRAM_VALUES_DOWN_TO * ascending[-1]).sum()) if ascending[-1] > 0 else 0
+
+
+def _values(matrix: torch.Tensor, ascending: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """All singular values, descending, from the Gram matrix's eigenpairs; see `metrics.spectrum`."""
+    values, unresolved = ascending.flip(0).clamp(min=0).sqrt(), _unresolved(ascending)
+    if unresolved > UNRESOLVED_SHARE * values.numel():
+        return torch.linalg.svdvals(_reduced(matrix))
+    if unresolved:
+        values[-unresolved:] = torch.linalg.svdvals(_reduced(matrix @ vectors[:, :unresolved]))
+    return values.sort(descending=True).values
 
 
 def factorise_on(matrix: torch.Tensor, k: int) -> Factorisation:
     """`metrics.spectrum.factorise` of a (length, width) float64 matrix on a device."""
     ascending, vectors = torch.linalg.eigh(matrix.T @ matrix)
-    eigenvalues, short = ascending.flip(0), vectors[:, -k:].flip(1)
-    values = eigenvalues.clamp(min=0).sqrt()
-    if eigenvalues[k - 1] < GRAM_VECTORS_DOWN_TO * eigenvalues[0]:
+    if ascending[-k] < GRAM_VECTORS_DOWN_TO * ascending[-1]:
         _, values, transposed = torch.linalg.svd(_reduced(matrix), full_matrices=False)
         short = transposed[:k].T
+    else:
+        values, short = _values(matrix, ascending, vectors), vectors[:, -k:].flip(1)
     top = values[:k]
     scale = torch.where(top > 1e-12 * values[0].clamp(min=1e-300), 1 / top, 0.0)
     return Factorisation(_host(matrix @ (short * scale)), _host(values), _host(short))
