@@ -176,6 +176,9 @@ def test_nor_on_the_cache_of_the_source(small, whole, tmp_path, monkeypatch):
     deltalens.analyze(*small, output=tmp_path / "damaged", cache=tmp_path / "cache")
     assert contents(tmp_path / "damaged") == whole
     assert all(file.stat().st_size > 100 for file in kinds)
+    monkeypatch.setattr("deltalens.analysis.cache.REVISION", -1)  # what another version kept is left alone
+    deltalens.analyze(*small, output=tmp_path / "another", cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2 * len(stored)
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Two uncompressed .npz a matrix: its factorisation, and which entries its principal masks hold. They are named by what
 they depend on: the BLAKE3 hash of the source's bytes, the shape, the number of vectors, the compare dtype, how the
-factors are made, and the masks. A file that cannot be read is made again.
+factors are made (with a revision), and the masks. A file that cannot be read is made again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SourceCache"]
 
+REVISION = 2  # raised when the same source would give other factors (their last digits too) or other masks
+
 Made = TypeVar("Made")
 
 
@@ -42,7 +44,7 @@ class SourceCache:
 
     def of(self, content_hash: str, shape: tuple[int, int], k: int, compare: str, how: str) -> SourceCache:
         """For one matrix. `how`: whatever else its factors depend on."""
-        return replace(self, key=f"{content_hash}-{shape[0]}x{shape[1]}-k{k}-{compare}-{how}")
+        return replace(self, key=f"{content_hash}-{shape[0]}x{shape[1]}-k{k}-{compare}-{how}-r{REVISION}")
 
     def factorisation(self, make: Callable[[], Factorisation]) -> Factorisation:
         """The stored one, or the one that `make` gives, which is then stored.
