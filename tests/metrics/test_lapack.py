@@ -43,6 +43,14 @@ def test_blocked_sizes(n, crowded, monkeypatch):
     np.testing.assert_allclose(gram @ vectors, vectors * found[:k], atol=1e-12)
 
 
+def test_crowding_is_the_mean_size_of_the_bunches():
+    values = np.array([0.0, 0.5, 1.0, 1.0005, 1.001, 1.5, 1.9995, 2.0])
+    eigen = SymmetricEigen(np.diag(values))
+    assert eigen._crowding(0, 8) == (1 + 1 + 9 + 1 + 4) / 8  # gaps under 2e-3 join
+    assert eigen._crowding(0, 4) == (1 + 1 + 4) / 4
+    assert eigen._crowding(5, 6) == 1
+
+
 @given(st.integers(0, 30), st.integers(1, 150), st.sampled_from([np.float32, np.float64]), st.booleans())
 def test_gram_matrices_add_up_block_by_block(rows, d, kind, turned):
     rng = np.random.default_rng([rows, d])

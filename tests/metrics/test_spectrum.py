@@ -11,7 +11,14 @@ from spectra_fixtures import every_matrix, lapack_svd, matrix, with_spectrum
 from deltalens.accelerator.columns import factorise_on, singular_values_on
 from deltalens.metrics import blocks
 from deltalens.metrics.blocks import value_blocks
-from deltalens.metrics.spectrum import factorise, gram, product_singular_values, singular_values, spectrum_metrics
+from deltalens.metrics.spectrum import (
+    GRAM_VALUES_DOWN_TO,
+    factorise,
+    gram,
+    product_singular_values,
+    singular_values,
+    spectrum_metrics,
+)
 
 TOLERANCES = {"numerical_rank_1e-4": 1e-4, "numerical_rank_1e-5": 1e-5, "numerical_rank_1e-6": 1e-6}
 
@@ -80,6 +87,15 @@ def test_what_the_gram_matrix_cannot_resolve_comes_from_the_matrix(shape, small,
     np.testing.assert_allclose(mine, lapack_svd(values)[1], rtol=1e-9, atol=7 * 4e-15)
     factors = factorise(partial(value_blocks, values), max(shape), 150, 8)
     np.testing.assert_array_equal(factors.values, mine)
+
+
+def test_values_descend_where_the_two_kinds_meet():
+    edge = GRAM_VALUES_DOWN_TO**0.5
+    wanted = np.concatenate([np.logspace(0, -2, 100), np.full(20, edge * (1 + 1e-10))])  # rounding parts the last
+    values = with_spectrum(np.random.default_rng(6), 130, 120, wanted)
+    for mine in (spectrum(values), singular_values_on(torch.from_numpy(values))):
+        assert (np.diff(mine) <= 0).all()
+        np.testing.assert_allclose(mine, wanted, rtol=1e-7)
 
 
 def test_a_gram_matrix_at_hand_is_used():
