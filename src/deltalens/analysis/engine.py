@@ -26,7 +26,7 @@ from deltalens.checkpoint.pairing import TensorPair
 
 __all__ = ["Gate", "Item", "Progress", "Rows", "default_jobs", "measure_all", "run_all"]
 
-SMALL_ELEMENTS = 16 << 20  # tensors up to this size may always be measured side by side
+SMALL_ELEMENTS = 8 << 20  # tensors up to this size may always be measured side by side
 
 Progress = Callable[[int, int, str], None]
 """Called with checkpoint bytes done, bytes in all (both sides), and the name of the tensor just finished."""

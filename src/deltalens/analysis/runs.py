@@ -81,7 +81,7 @@ class RunSet:
         """A gate for work that holds `copies` 16-bit copies of a tensor at once: the largest tensor, and beside it
         what fits in four times its size in float32, or a few small ones."""
         largest = max((tensor.count for tensor in self.tensors), default=0)
-        return Gate(max(largest, 8 * largest // copies) + SMALL_ELEMENTS // copies)
+        return Gate(max(largest, 8 * largest // copies) + 2 * SMALL_ELEMENTS // copies)
 
     def read(
         self, tensor: RunTensor, compare: Compare, buffers: Buffers
@@ -94,7 +94,7 @@ class RunSet:
             CheckpointError: a tensor's bytes cannot be read.
         """
         pair = tensor.first
-        kept = tensor.count * (1 + len(self.runs)) <= SMALL_ELEMENTS
+        kept = tensor.count * (1 + len(self.runs)) <= 2 * SMALL_ELEMENTS
         raw = _read(self.source, pair.source_name, pair.source_start, pair.count, buffers, "source", compare, kept=kept)
         before = prepare(raw, pair.source_dtype, compare)
         fine = None
