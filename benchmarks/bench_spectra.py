@@ -4,8 +4,8 @@
 
 One BLAS thread. `values` is every singular value, as of Δ; `factors` these and the leading 20 % of the vectors of both
 sides, as of W and W₊. The peer computes values (`numpy.linalg.svd(compute_uv=False)`: bidiagonalisation and dqds)
-from a float64 copy, whose making is counted; its full decomposition costs several times that. Medians of runs in turns.
-The largest difference is over all values, in units of σ₁.
+from a float64 copy, whose making is counted. Medians of runs in turns. The largest difference is over all values, in
+units of σ₁.
 """
 
 import argparse
