@@ -47,8 +47,8 @@ def main() -> None:
         def numpy_values(words: np.ndarray = words) -> np.ndarray:
             return np.linalg.svd(word_values(words).astype(np.float64), compute_uv=False)
 
-        def values(words: np.ndarray = words, width: int = width) -> np.ndarray:
-            return singular_values(at_hand(partial(value_blocks, words), words.shape), width)
+        def values(words: np.ndarray = words, long: int = long, width: int = width) -> np.ndarray:
+            return singular_values(at_hand(partial(value_blocks, words), words.shape), long, width)
 
         def factors(words: np.ndarray = words, long: int = long, width: int = width) -> np.ndarray:
             return factorise(at_hand(partial(value_blocks, words), words.shape), long, width, width // 5).values

@@ -75,7 +75,7 @@ def parts_alone(run: RunSet, tensor: RunTensor, settings: Settings, buffers: Buf
         length, width = max(first.shape), min(first.shape)
         vectors = max(1, int(max(settings.ratios) * width))
         start = time.thread_time()
-        singular_values(partial(delta_blocks, before, after), width)
+        singular_values(partial(delta_blocks, before, after), length, width)
         spent["spectra"] += time.thread_time() - start
         for name, side in (("trained", after), ("source", before)):
             if name == "trained" or i == 0:

@@ -8,7 +8,7 @@ import scipy.linalg
 from spectra_fixtures import FAMILIES, has_gap, lapack_svd, matrix, orthonormal, with_spectrum
 
 from deltalens.metrics import alignment, blocks
-from deltalens.metrics.alignment import delta_pass, principal_sines, projections, spectral_shift
+from deltalens.metrics.alignment import delta_pass, delta_pass_and_gram, principal_sines, projections, spectral_shift
 from deltalens.metrics.blocks import delta_blocks, value_blocks
 from deltalens.metrics.spectrum import factorise
 
@@ -94,3 +94,20 @@ def test_spectral_shift():
     s, t = (np.linalg.svd(w, compute_uv=False) for w in (before, after))
     assert spectral_shift(s, t) == pytest.approx(0.5)
     assert spectral_shift(np.zeros(4), np.ones(4)) is None
+
+
+@pytest.mark.parametrize("shape", [(50, 23), (23, 50), (31, 31)])
+def test_one_pass_gives_the_gram_matrix_as_well(shape, monkeypatch):
+    """Block by block, and a few vectors at a time."""
+    monkeypatch.setattr(alignment, "SINE_ROWS", 5)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 200)
+    rng = np.random.default_rng(0)
+    source = rng.standard_normal(shape)
+    trained = source + 1e-3 * rng.standard_normal(shape)
+    factors = factorise(partial(value_blocks, source), max(shape), 23 if 23 in shape else 31, 12)
+    of_delta = partial(delta_blocks, source, trained)
+    passed, products = delta_pass_and_gram(of_delta, factors)
+    plain, delta = delta_pass(of_delta, factors), trained - source
+    for name in ("long_energy", "short_energy", "core"):
+        np.testing.assert_allclose(getattr(passed, name), getattr(plain, name), rtol=1e-9, atol=1e-20)
+    np.testing.assert_allclose(products, delta.T @ delta if shape[0] >= shape[1] else delta @ delta.T, atol=1e-18)

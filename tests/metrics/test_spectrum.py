@@ -10,9 +10,12 @@ from spectra_fixtures import every_matrix, lapack_svd, matrix, with_spectrum
 
 from deltalens.accelerator.columns import factorise_on, singular_values_on
 from deltalens.metrics import blocks
+from deltalens.metrics import spectrum as spectrum_module
 from deltalens.metrics.blocks import value_blocks
+from deltalens.metrics.lapack import SymmetricEigen
 from deltalens.metrics.spectrum import (
     GRAM_VALUES_DOWN_TO,
+    GRAM_VECTORS_DOWN_TO,
     factorise,
     gram,
     product_singular_values,
@@ -24,12 +27,13 @@ TOLERANCES = {"numerical_rank_1e-4": 1e-4, "numerical_rank_1e-5": 1e-5, "numeric
 
 
 def spectrum(values: np.ndarray) -> np.ndarray:
-    return singular_values(partial(value_blocks, values), min(values.shape))
+    return singular_values(partial(value_blocks, values), max(values.shape), min(values.shape))
 
 
 @pytest.fixture(params=[1 << 20, 257], ids=["one block", "many blocks"])
 def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", request.param)
+    monkeypatch.setattr(spectrum_module, "REDUCED_ELEMENTS", request.param)
     return request.param
 
 
@@ -79,9 +83,8 @@ def test_what_the_gram_matrix_cannot_resolve_comes_from_the_matrix(shape, small,
     """Without a direct SVD of the whole, and as accurate: to a few ε·σ₁."""
     wanted = np.concatenate([np.logspace(0, -2, 150 - small), np.logspace(-3.6, -9, small)])
     values = 7.0 * with_spectrum(np.random.default_rng(4), *shape, wanted)
-    svd = np.linalg.svd
-    sizes = []
-    monkeypatch.setattr(np.linalg, "svd", lambda a, **kwargs: sizes.append(a.shape[1]) or svd(a, **kwargs))
+    svd, sizes = spectrum_module.svd_values_in_place, []
+    monkeypatch.setattr(spectrum_module, "svd_values_in_place", lambda a: sizes.append(a.shape[1]) or svd(a))
     mine = spectrum(values)
     assert sizes == [small]
     np.testing.assert_allclose(mine, lapack_svd(values)[1], rtol=1e-9, atol=7 * 4e-15)
@@ -101,9 +104,10 @@ def test_values_descend_where_the_two_kinds_meet():
 def test_a_gram_matrix_at_hand_is_used():
     values = matrix("tall", 5)
     blocks = partial(value_blocks, values)
-    short = min(values.shape)
-    np.testing.assert_array_equal(singular_values(blocks, short, gram(blocks, short)), spectrum(values))
-    assert singular_values(blocks, short, np.eye(short)).tolist() == [1.0] * short
+    long, short = max(values.shape), min(values.shape)
+    eigen = SymmetricEigen(gram(blocks, short))
+    np.testing.assert_array_equal(singular_values(blocks, long, short, eigen), spectrum(values))
+    assert singular_values(blocks, long, short, SymmetricEigen(np.eye(short))).tolist() == [1.0] * short
 
 
 @pytest.mark.usefixtures("block_elements")
@@ -122,6 +126,50 @@ def test_factorisation_reconstructs(family):
     mine = (factors.long * factors.values[:k]) @ factors.short.T
     mine = mine if values.shape[0] >= values.shape[1] else mine.T
     np.testing.assert_allclose(mine, (u[:, :k] * s[:k]) @ v[:, :k].T, atol=1e-8 * s[0])
+
+
+LEVELS = {
+    "one huge": lambda d: np.concatenate([[1e4], np.linspace(2, 1, d - 1)]),
+    "two levels": lambda d: np.concatenate([np.linspace(2, 1, 8), np.linspace(2e-4, 1e-4, d - 8)]),
+    "three levels": lambda d: np.concatenate([[1e6], np.linspace(2e3, 1e3, 8), np.linspace(2, 1, d - 9)]),
+    "decaying": lambda d: np.logspace(0, -12, d),
+}
+
+
+@pytest.mark.usefixtures("block_elements")
+@pytest.mark.parametrize("shape", [(120, 120), (400, 100), (100, 400)])
+@pytest.mark.parametrize("levels", LEVELS)
+def test_vectors_of_small_values_come_from_what_the_large_ones_leave(shape, levels):
+    """Subspaces as near to LAPACK's as the gap at their end allows, without an SVD of the matrix."""
+    d = min(shape)
+    wanted, k = LEVELS[levels](d), d // 4
+    values = with_spectrum(np.random.default_rng(7), *shape, wanted)
+    u, s, v = lapack_svd(values)
+    assert s[k - 1] ** 2 < GRAM_VECTORS_DOWN_TO * s[0] ** 2
+    factors = factorise(partial(value_blocks, values), max(shape), d, k)
+    np.testing.assert_allclose(factors.short.T @ factors.short, np.eye(k), atol=1e-13)
+    np.testing.assert_allclose(factors.long.T @ factors.long, np.eye(k), atol=1e-9)
+    near = 1e-14 * s[0] / (s[k - 1] - s[k])  # what rounding to float64 alone may turn it by
+    long, short = (u, v) if shape[0] >= shape[1] else (v, u)
+    for mine, theirs in ((factors.long, long[:, :k]), (factors.short, short[:, :k])):
+        assert np.linalg.norm(theirs - mine @ (mine.T @ theirs), 2) < near
+    mine = (factors.long * factors.values[:k]) @ factors.short.T
+    np.testing.assert_allclose(mine, (long[:, :k] * s[:k]) @ short[:, :k].T, rtol=0, atol=near * s[k - 1])
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_directions_beyond_the_rank_are_orthonormal_all_the_same(rank, monkeypatch):
+    beside, looked = spectrum_module._gram_beside, []
+    monkeypatch.setattr(spectrum_module, "_gram_beside", lambda *args: looked.append(1) or beside(*args))
+    rng = np.random.default_rng(3)
+    single = np.zeros((60, 40))
+    single[7, 3] = 2.0  # what it leaves is zero, not noise
+    for values in (rng.standard_normal((60, rank)) @ rng.standard_normal((rank, 40)), single * (rank == 1)):
+        looked.clear()
+        factors = factorise(partial(value_blocks, values), 60, 40, 38)
+        np.testing.assert_allclose(factors.short.T @ factors.short, np.eye(38), atol=1e-13)
+        assert (factors.long[:, rank if values.any() else 0 :] == 0).all()
+        assert len(looked) == values.any()  # one look at what is left says that it is noise
 
 
 def test_directions_beyond_the_rank_have_no_left_vector():
@@ -177,6 +225,7 @@ def test_a_zero_matrix_has_no_spectrum_and_no_nan():
 def test_a_long_ill_conditioned_matrix_is_reduced_block_by_block(turned, elements, monkeypatch):
     """R factors of blocks, merged again and again, keep what a Gram matrix would square away."""
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(spectrum_module, "REDUCED_ELEMENTS", elements)
     wanted = np.logspace(2, -6.5, 24)
     values = with_spectrum(np.random.default_rng(2), 700, 24, wanted)
     values = values.T.copy() if turned else values

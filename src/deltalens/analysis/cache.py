@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SourceCache"]
 
-REVISION = 2  # raised when the same source would give other factors (their last digits too) or other masks
+REVISION = 3  # raised when the same source would give other factors (their last digits too) or other masks
 
 Made = TypeVar("Made")
 

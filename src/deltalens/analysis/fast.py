@@ -102,7 +102,7 @@ class FastColumns(SpectralColumns):
         if self.low_rank is not None:
             values = product_singular_values(*self.low_rank)
         else:
-            values = singular_values(partial(delta_blocks, self.before, self.after), self.width)
+            values = singular_values(partial(delta_blocks, self.before, self.after), self.length, self.width)
         exact = spectrum_metrics(values)["effective_rank"]
         assert exact is not None
         return values[:TOP], RankEstimate(exact, 0.0)

@@ -23,7 +23,7 @@ from deltalens.checkpoint.base import Checkpoint
 from deltalens.checkpoint.pairing import TensorPair
 from deltalens.metrics.blocks import Blocks
 from deltalens.metrics.coordinates import Coordinates
-from deltalens.metrics.lapack import leading_eigenvectors
+from deltalens.metrics.lapack import SymmetricEigen, leading_eigenvectors
 from deltalens.metrics.masks import count_bits, pack_updates
 from deltalens.metrics.overlap import SUBSPACE, Subspaces, subspace_similarity
 from deltalens.metrics.random_values import subspace_similarity_random
@@ -77,8 +77,8 @@ class _Keeping(SpectralColumns):
             self.kept.draws.append(found)
         return factors.values
 
-    def _delta_values(self, after: np.ndarray, blocks: Blocks, products: np.ndarray) -> np.ndarray:
-        return self._keep(after, factorise(blocks, self.length, self.width, min(SUBSPACE, self.width), products))
+    def _delta_values(self, after: np.ndarray, blocks: Blocks, eigen: SymmetricEigen) -> np.ndarray:
+        return self._keep(after, factorise(blocks, self.length, self.width, min(SUBSPACE, self.width), eigen))
 
 
 class _FastColumns(_Keeping, FastColumns):

@@ -24,6 +24,7 @@ from deltalens.metrics.alignment import (
 )
 from deltalens.metrics.blocks import Blocks, at_hand, delta_blocks, is_tall, value_blocks
 from deltalens.metrics.coordinates import Coordinates, low_magnitude_coverage, measure_coordinates
+from deltalens.metrics.lapack import SymmetricEigen
 from deltalens.metrics.masks import MaskSpec, MaskSums, pack_updates
 from deltalens.metrics.members import WORD_COUNT, PrincipalMembers, find_members
 from deltalens.metrics.rounding_null import RoundingNull, excess
@@ -99,11 +100,13 @@ class SpectralColumns:
         """Every singular value of after − before, and its image in the source's bases, from one pass over it."""
         blocks = at_hand(partial(delta_blocks, self.before, after), self.before.shape)
         passed, products = delta_pass_and_gram(blocks, self.source)
-        return self._delta_values(after, blocks, products), passed
+        eigen = SymmetricEigen(products)
+        del products  # so that it goes when `eigen` lets go of it
+        return self._delta_values(after, blocks, eigen), passed
 
-    def _delta_values(self, after: np.ndarray, blocks: Blocks, products: np.ndarray) -> np.ndarray:
-        """Singular values of after − before from its blocks and its Gram matrix, which is overwritten."""
-        return singular_values(blocks, self.width, products)
+    def _delta_values(self, after: np.ndarray, blocks: Blocks, eigen: SymmetricEigen) -> np.ndarray:
+        """Singular values of after − before from its blocks and its Gram matrix."""
+        return singular_values(blocks, self.length, self.width, eigen)
 
     def columns(self) -> dict[str, Any]:
         row: dict[str, Any] = {"spectrum_mode": self.mode}

@@ -46,14 +46,17 @@ def delta_pass(blocks: Blocks, source: Factorisation) -> DeltaPass:
 
 def delta_pass_and_gram(blocks: Blocks, source: Factorisation) -> tuple[DeltaPass, np.ndarray]:
     """`delta_pass` and Δ's Gram matrix (d, d), which spares one of its two products: ‖Δv‖² = vᵀ(ΔᵀΔ)v."""
-    width = source.short.shape[0]
-    on_long, products = _Sum(), np.zeros((width, width))
+    width, k = source.short.shape
+    on_long, products = np.zeros((k, width)), np.zeros((width, width))
     for part, block in blocks():
         add_gram(products, block)
-        on_long.add(source.long[part].T @ block)
-    short_energy = np.einsum("kd,dk->k", source.short.T @ mirror(products), source.short)
-    long_energy = np.einsum("kd,kd->k", on_long.total, on_long.total)
-    return DeltaPass(long_energy, short_energy, on_long.total @ source.short), products
+        basis = source.long[part]
+        for some in _rows(on_long):  # of a whole image memory would be needed twice
+            on_long[some] += basis[:, some].T @ block
+    long_energy, core = np.einsum("kd,kd->k", on_long, on_long), on_long @ source.short
+    mirror(products)
+    np.matmul(source.short.T, products, out=on_long)
+    return DeltaPass(long_energy, np.einsum("kd,dk->k", on_long, source.short), core), products
 
 
 class _Sum:

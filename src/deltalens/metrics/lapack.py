@@ -6,7 +6,8 @@ SciPy exports for Cython, need a quarter less time than the former, and ctypes l
 matrices are factorised at once.
 
 BLAS's syrk adds a block's Gram matrix up in place; `total += A.T @ A` makes it, mirrors it and adds it, half as long
-again at d = 1536 (blocks of 700 rows, NumPy 2.4). NumPy's `qr` works in float64 whatever it is given.
+again at d = 1536 (blocks of 700 rows, NumPy 2.4). NumPy's `qr` works in float64 whatever it is given, and its `qr` and
+`svd` copy what they are given, which at d = 8192 is half a gigabyte each time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from typing import Any
 import numpy as np
 from numba.extending import get_cython_function_address
 
-__all__ = ["SymmetricEigen", "add_gram", "leading_eigenvectors", "mirror", "orthonormalised"]
+__all__ = [
+    "SymmetricEigen",
+    "add_gram",
+    "leading_eigenvectors",
+    "leave_r_factor",
+    "mirror",
+    "orthonormalised",
+    "svd_values_in_place",
+]
 
 BLOCK = 64  # columns a blocked Householder step takes at most; sizes the workspaces
 CROWDED = 290  # mean number of neighbours among k vectors from which MRRR costs less than inverse iteration
@@ -97,6 +106,34 @@ def orthonormalised(block: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(columns.T)
 
 
+def leave_r_factor(rows: np.ndarray) -> None:
+    """In place of (m, d) float64 rows, m ≥ d, contiguous: their R factor in the first d; the others hold nothing."""
+    m, d = rows.shape
+    assert m >= d
+    assert rows.dtype == np.float64
+    assert rows.flags.c_contiguous
+    factors, work = np.empty(d), np.empty(d * BLOCK)
+    _call("dgelqf", d, m, rows, d, factors, work, work.size)  # of the transpose, as Fortran sees it: L there is Rᵀ
+    for i in range(1, d):
+        rows[i, :i] = 0
+
+
+def svd_values_in_place(matrix: np.ndarray) -> np.ndarray:
+    """All singular values, descending, of a (m, d) float64 matrix, m ≥ d, contiguous, which is overwritten.
+
+    Raises:
+        numpy.linalg.LinAlgError: LAPACK did not converge.
+    """
+    m, d = matrix.shape
+    assert m >= d
+    assert matrix.dtype == np.float64
+    assert matrix.flags.c_contiguous
+    values, integers, work = np.empty(d), np.empty(8 * d, np.int32), np.empty((3 * d + m) * BLOCK)
+    unused = np.empty(1)
+    _call("dgesdd", b"N", d, m, matrix, d, values, unused, 1, unused, 1, work, work.size, integers)
+    return values
+
+
 class SymmetricEigen:
     """Every eigenvalue of a symmetric matrix, and the eigenvectors at either end that are asked for.
 
@@ -108,8 +145,8 @@ class SymmetricEigen:
 
     def __init__(self, matrix: np.ndarray) -> None:
         """Args:
-            matrix: (n, n) float64, symmetric, of which the upper triangle is looked at; overwritten, and held while
-                vectors may be asked for.
+            matrix: (n, n) float64, symmetric, of which the upper triangle is looked at; overwritten, and held until
+                `let_go`.
 
         Raises:
             numpy.linalg.LinAlgError: LAPACK did not converge.
@@ -132,6 +169,7 @@ class SymmetricEigen:
     def leading(self, k: int) -> np.ndarray:
         """The eigenvectors (n, k) of the k largest eigenvalues: orthonormal columns, in the order of `values`.
 
+        A view of rows in the opposite order: to be copied, once the matrix is let go, for what is to be fast with it.
         The tridiagonal matrix's vectors come from inverse iteration: of a fifth of n, in half the time that divide and
         conquer needs for all n.
 
@@ -145,6 +183,10 @@ class SymmetricEigen:
         """The same of the k smallest eigenvalues, in the order of `values`."""
         return self._vectors(0, k)
 
+    def let_go(self) -> None:
+        """Of the matrix: there are no more vectors to be had."""
+        self._matrix = np.empty((0, 0))
+
     def _vectors(self, start: int, stop: int) -> np.ndarray:
         n, k = self.values.size, stop - start
         if n < 2:
@@ -152,7 +194,7 @@ class SymmetricEigen:
         vectors = self._of_tridiagonal(start, stop)
         work = np.empty(k * BLOCK)
         _call("dormtr", b"L", b"L", b"N", n, k, self._matrix, n, self._factors, vectors, n, work, work.size)
-        return np.ascontiguousarray(vectors[::-1].T)
+        return vectors[::-1].T
 
     def _of_tridiagonal(self, start: int, stop: int) -> np.ndarray:
         """The tridiagonal matrix's eigenvectors (k, n) of the eigenvalues start … stop, ascending, as rows."""
@@ -197,4 +239,4 @@ class SymmetricEigen:
 def leading_eigenvectors(matrix: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Every eigenvalue (n,), descending, and the eigenvectors (n, k) of the k largest; see `SymmetricEigen`."""
     eigen = SymmetricEigen(matrix)
-    return eigen.values, eigen.leading(k)
+    return eigen.values, np.ascontiguousarray(eigen.leading(k))

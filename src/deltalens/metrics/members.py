@@ -28,7 +28,7 @@ SAMPLED_EVERY = 5  # entry of these
 CONFIDENCE = 3.0  # standard errors of the sample on either side
 TRIES = 3  # at a wider and wider stretch, before every entry is looked at
 CHUNK = 4096  # entries whose places are listed at once
-NEAR_CHUNK = 1 << 14  # entries computed again in float64 at once
+NEAR_ELEMENTS = 1 << 17  # of the factors' rows that are gathered at once, to compute entries again in float64
 WORD_COUNT = 32768
 
 
@@ -245,8 +245,9 @@ class _Reconstruction:
         """|R| / σ₁ of the i-th mask's rank at flat places, in float64."""
         k, n = self.masks[i].rank, self.shape[1]
         out = np.empty(places.size)
-        for start in range(0, places.size, NEAR_CHUNK):
-            some = places[start : start + NEAR_CHUNK]
+        step = max(1, NEAR_ELEMENTS // k)
+        for start in range(0, places.size, step):
+            some = places[start : start + step]
             rows, columns = self.rows[some // n, :k], self.columns[some % n, :k]
             out[start : start + some.size] = np.einsum("ek,k,ek->e", rows, self.scale[:k], columns)
         return np.abs(out, out=out)
