@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from threadpoolctl import threadpool_limits
 
 from deltalens.analysis.cache import SourceCache
 from deltalens.analysis.journal import Journal
+from deltalens.analysis.memory import held_bytes, room_for
 from deltalens.analysis.pair import Buffers, Measured, measure
 from deltalens.analysis.settings import Settings
 from deltalens.checkpoint.base import Checkpoint
@@ -27,6 +29,7 @@ from deltalens.checkpoint.pairing import TensorPair
 __all__ = ["Gate", "Item", "Progress", "Rows", "default_jobs", "measure_all", "run_all"]
 
 SMALL_ELEMENTS = 8 << 20  # tensors up to this size may always be measured side by side
+SURPLUS_BYTES = 8 << 20  # by which buffers may be larger than what is read into them
 
 Progress = Callable[[int, int, str], None]
 """Called with checkpoint bytes done, bytes in all (both sides), and the name of the tensor just finished."""
@@ -53,36 +56,20 @@ def default_jobs() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-@dataclass(slots=True)
+def _elements(item: Item) -> int:
+    return item.count
+
+
+@dataclass(frozen=True, slots=True)
 class Gate:
-    """Lets tensors in while those inside hold no more elements than the largest tensor (or a few small ones)."""
+    """Lets tensors in while those inside weigh no more than a limit, or one alone.
+
+    Attributes:
+        limit: in what `weigh` gives: elements, unless said otherwise.
+    """
 
     limit: int
-    inside: int = 0
-    changed: threading.Condition = field(default_factory=threading.Condition)
-
-    @contextmanager
-    def largest(self, waiting: list[int], items: Sequence[Item]) -> Iterator[int]:
-        """Hold the first of `waiting` that may come in, and take it from there.
-
-        `waiting` has places in `items`, the largest first: while one is too large, smaller ones go ahead of it.
-        """
-        with self.changed:
-            self.changed.wait_for(lambda: self._first(waiting, items) is not None)
-            first = self._first(waiting, items)
-            assert first is not None
-            waiting.remove(first)
-            self.inside += items[first].count
-        try:
-            yield first
-        finally:
-            with self.changed:
-                self.inside -= items[first].count
-                self.changed.notify_all()
-
-    def _first(self, waiting: Sequence[int], items: Sequence[Item]) -> int | None:
-        fits = (i for i in waiting if self.inside == 0 or self.inside + items[i].count <= self.limit)
-        return next(fits, None)
+    weigh: Callable[[Any], int] = _elements
 
 
 class Rows:
@@ -126,9 +113,11 @@ class _Shelf:
     def lend(self, nbytes: int) -> Iterator[Buffers]:
         """Those that hold `nbytes` with the least to spare, else the largest.
 
-        So two tensors that the gate lets in one after the other, such as an embedding and a head, share one set.
+        So two tensors that the gate lets in one after the other, such as an embedding and a head, share one set. Much
+        larger ones are let go: tensors come largest first, and the gate does not see what lies on the shelf.
         """
         with self._lock:
+            self._free = [free for free in self._free if free.nbytes <= nbytes + max(nbytes // 4, SURPLUS_BYTES)]
             self._free.sort(key=lambda buffers: (buffers.nbytes < nbytes, abs(buffers.nbytes - nbytes)))
             buffers = self._free.pop(0) if self._free else Buffers()
         try:
@@ -165,7 +154,6 @@ def measure_all(
         CheckpointError: a tensor cannot be read.
         KeyboardInterrupt: passed on once the tensors under way have been written to the journal.
     """
-    largest = max((pair.count for pair in pairs), default=0)
 
     def work(pair: TensorPair, buffers: Buffers) -> Measured:
         return measure(pair, source, trained, settings, master, buffers, cache)
@@ -173,8 +161,7 @@ def measure_all(
     return run_all(
         pairs,
         work,
-        # A quarter beside the largest: else the other threads would wait while one is busy with an embedding.
-        gate=Gate(largest + max(largest // 4, SMALL_ELEMENTS)),
+        gate=Gate(room_for(pairs, settings), partial(held_bytes, settings=settings)),
         # Two threads keep a device busy: one reads and hashes while the other's tensor is on it.
         jobs=jobs or (default_jobs() if settings.device == "cpu" else 2),
         blas=settings.spectrum != "none",
@@ -198,7 +185,7 @@ def run_all(
     Args:
         items: with distinct names.
         work: one item and the calling thread's buffers in, its row out; called from several threads.
-        gate: bounds the elements that are worked on at once.
+        gate: bounds what is worked on at once.
         blas: whether `work` uses BLAS, which then has one thread a call; to find its libraries takes 30 ms.
         jobs, journal, progress: as `measure_all` has them.
 
@@ -208,23 +195,34 @@ def run_all(
     """
     rows = Rows(items, journal, progress)
     waiting = rows.waiting()
+    weights = [gate.weigh(item) for item in items]
     shelf = _Shelf()
+    jobs = jobs or default_jobs()
 
-    def one() -> tuple[int, Measured]:
-        with gate.largest(waiting, items) as index, shelf.lend(items[index].nbytes) as buffers:
-            return index, work(items[index], buffers)
+    def one(item: T) -> Measured:
+        with shelf.lend(item.nbytes) as buffers:
+            return work(item, buffers)
 
-    with threadpool_limits(1) if blas else nullcontext(), ThreadPoolExecutor(jobs or default_jobs()) as pool:
-        running: set[Future[tuple[int, Measured]]] = {pool.submit(one) for _ in range(len(waiting))}
+    # A thread keeps some of the memory it has used: there are no more of them than were ever let in at once.
+    with threadpool_limits(1) if blas else nullcontext(), ThreadPoolExecutor(jobs) as pool:
+        running: dict[Future[Measured], int] = {}
         try:
-            for future in as_completed(running.copy()):
-                running.remove(future)
-                rows.add(*future.result())
+            while waiting or running:
+                inside = sum(weights[i] for i in running.values())
+                # While one is too large, smaller ones go ahead of it.
+                fitting = (i for i in waiting if not running or inside + weights[i] <= gate.limit)
+                following = next(fitting, None) if len(running) < jobs else None
+                if following is not None:
+                    waiting.remove(following)
+                    running[pool.submit(one, items[following])] = following
+                    continue
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    rows.add(running.pop(future), future.result())
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             if journal is not None:
                 for future in running:
                     if future.done() and not future.cancelled() and future.exception() is None:
-                        journal.add(future.result()[1])
+                        journal.add(future.result())
             raise
     return rows.in_order()

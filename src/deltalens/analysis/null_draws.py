@@ -104,6 +104,7 @@ def permutation_columns(
         for side, values in zip(("", "_right"), (long_sines, short_sines)[:: 1 if tall else -1], strict=True):
             for suffix, value in zip(suffixes, values, strict=True):
                 found.setdefault(f"rotation{side}_{suffix}", []).append(value)
+        del moved  # before the next copy is factorised
     row: dict[str, Any] = {}
     for name, values in found.items():
         row[f"{name}_permuted"], row[f"{name}_permuted_sd"], row[f"{name}_z"] = z_score(seen[name], values)

@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 from deltalens.analysis.cache import SourceCache
 from deltalens.analysis.engine import Progress, Rows
 from deltalens.analysis.journal import Journal
+from deltalens.analysis.memory import held_bytes
 from deltalens.analysis.pair import Measured, measure
 from deltalens.analysis.settings import Settings
 from deltalens.checkpoint import Checkpoint, open_checkpoint
@@ -28,10 +29,7 @@ from deltalens.errors import CheckpointError, DeltalensError
 
 __all__ = ["Inputs", "measure_all_on_ray"]
 
-# What a task asks Ray for; above every peak of one matrix that docs/performance.md has (benchmarks/bench_memory.py).
 WORKER_BYTES = 300 << 20  # of a worker that holds no tensor
-ELEMENT_BYTES = 16  # an element of both sides, with its packed masks and blocks
-SQUARE_BYTES = 32  # an entry of the d × d matrices that a spectrum needs
 ATTEMPTS_MORE = 2  # after a worker or its node was lost
 
 
@@ -118,7 +116,7 @@ def measure_all_on_ray(
             while waiting or running:
                 while waiting and len(running) < room:
                     index = waiting.pop()
-                    wanted = min(_memory(pairs[index], inputs.settings), largest_node)
+                    wanted = min(WORKER_BYTES + held_bytes(pairs[index], inputs.settings), largest_node)
                     # Two tensors keep a device busy: one is read and hashed while the other is on it.
                     share = 0.5 if inputs.settings.device != "cpu" else 0
                     options = task.options(memory=wanted, num_gpus=share, name=pairs[index].name)
@@ -130,11 +128,6 @@ def measure_all_on_ray(
             for left in running:
                 ray.cancel(left, force=True)
     return rows.in_order()
-
-
-def _memory(pair: TensorPair, settings: Settings) -> int:
-    square = min(pair.shape) ** 2 if pair.is_matrix and settings.spectrum != "none" else 0
-    return WORKER_BYTES + ELEMENT_BYTES * pair.count + SQUARE_BYTES * square
 
 
 def _result(ray: Any, done: Any, name: str) -> Measured:

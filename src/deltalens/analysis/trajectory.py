@@ -15,9 +15,10 @@ import polars as pl
 
 from deltalens._version import __version__
 from deltalens.analysis.analyze import checkpoint_side, run_warnings, writing
-from deltalens.analysis.engine import SMALL_ELEMENTS, Gate, Progress, run_all
+from deltalens.analysis.engine import Gate, Progress, run_all
 from deltalens.analysis.follow import follow
 from deltalens.analysis.journal import Journal
+from deltalens.analysis.memory import held_bytes, room_for
 from deltalens.analysis.pair import Buffers, Measured
 from deltalens.analysis.result import table_of
 from deltalens.analysis.runs import RunSet, RunTensor, open_runs
@@ -129,12 +130,15 @@ def trajectory(
         def work(tensor: RunTensor, buffers: Buffers) -> Measured:
             return follow(tensor, opened.source, opened.runs, chosen, buffers)
 
-        largest = max(tensor.count for tensor in opened.tensors)
+        def held(tensor: RunTensor) -> int:
+            return max(held_bytes(pair, chosen) for pair in tensor.pairs)
+
+        room = room_for((pair for tensor in opened.tensors for pair in tensor.pairs), settings)
         try:
             measured = run_all(
                 opened.tensors,
                 work,
-                gate=Gate(largest + max(largest // 4, SMALL_ELEMENTS)),
+                gate=Gate(room, held),
                 jobs=jobs,
                 journal=journal,
                 progress=progress,

@@ -39,7 +39,7 @@ class Permuted:
 def permuted_updates(
     before: np.ndarray, after: np.ndarray, kind: Literal["sign", "exponent"], draws: int, seed: int
 ) -> Iterator[Permuted]:
-    """Seeded copies of Δ = after − before.
+    """Seeded copies of Δ = after − before. A copy is good until the next one.
 
     Args:
         before, after: (m, n), prepared by `metrics.values.prepare`.
@@ -47,13 +47,17 @@ def permuted_updates(
         draws: how many copies.
         seed: of all of them.
     """
-    exponents = source_exponents(before.reshape(-1)) if kind == "exponent" else None
+    exponents, values = None, np.empty(0)
+    if kind == "exponent":
+        exponents = source_exponents(before.reshape(-1))
+        # In the narrowest of float32 and float64 that holds Δ exactly.
+        values = np.empty(before.size, np.result_type(before.dtype, after.dtype, np.float32))
     for draw in range(draws):
         key = (seed, draw, *before.shape)
         if exponents is None:
             delta: Blocks = partial(_flipped, before, after, key)
         else:
-            values = _differences(before.reshape(-1), after.reshape(-1))
+            _differences(before.reshape(-1), after.reshape(-1), values)
             shuffle_within_exponents(values, exponents, np.random.default_rng(key))
             delta = partial(value_blocks, values.reshape(before.shape))
         yield Permuted(delta, partial(_sum, partial(value_blocks, before), delta))
@@ -71,31 +75,35 @@ def _sum(first: Blocks, second: Blocks) -> Iterator[tuple[slice, np.ndarray]]:
         yield part, a + b
 
 
-def _differences(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Δ, flat, in the narrowest of float32 and float64 that holds it exactly."""
-    wide = np.float64 in (before.dtype.type, after.dtype.type)
-    out = np.empty(before.size, np.float64 if wide else np.float32)
+def _differences(before: np.ndarray, after: np.ndarray, out: np.ndarray) -> None:
+    """Δ, flat."""
     piece = np.empty(min(CHUNK, before.size))
     for start in range(0, before.size, CHUNK):
         stop = min(start + CHUNK, before.size)
         delta_float64(before[start:stop], after[start:stop], piece[: stop - start])
         out[start:stop] = piece[: stop - start]
-    return out
 
 
 def source_exponents(values: np.ndarray) -> np.ndarray:
-    """The exponent field (uint16, flat) of prepared values: bf16 words, float32 or float64."""
-    bits, shift, mask = {
-        "uint16": (np.uint16, 7, 0xFF),
-        "float32": (np.uint32, 23, 0xFF),
-        "float64": (np.uint64, 52, 0x7FF),
+    """The exponent field (uint8, uint16 of float64, flat) of prepared values: bf16 words, float32 or float64."""
+    bits, shift, field = {
+        "uint16": (np.uint16, 7, np.uint8),
+        "float32": (np.uint32, 23, np.uint8),
+        "float64": (np.uint64, 52, np.uint16),
     }[values.dtype.name]
-    return ((values.view(bits) >> bits(shift)) & bits(mask)).astype(np.uint16)
+    words, out = values.view(bits), np.empty(values.size, field)
+    mask = bits(0x7FF if field is np.uint16 else 0xFF)
+    for start in range(0, values.size, CHUNK):
+        out[start : start + CHUNK] = (words[start : start + CHUNK] >> bits(shift)) & mask
+    return out
 
 
 def shuffle_within_exponents(delta: np.ndarray, exponents: np.ndarray, rng: np.random.Generator) -> None:
-    """Shuffle `delta` (flat) in place among the coordinates of each value of `exponents` (uint16, as long)."""
-    ends = np.cumsum(np.bincount(exponents, minlength=1))
+    """Shuffle `delta` (flat) in place among the coordinates of each value of `exponents` (uint8 or 16, as long)."""
+    counts = np.zeros(int(exponents.max(initial=0)) + 1, np.int64)
+    for start in range(0, exponents.size, CHUNK):  # NumPy counts int64s, into which it would cast all at once
+        counts += np.bincount(exponents[start : start + CHUNK], minlength=counts.size)
+    ends = np.cumsum(counts)
     starts = np.concatenate(([0], ends[:-1]))
     gathered = np.empty_like(delta)
     _gather(delta, exponents, starts.copy(), gathered)
