@@ -18,7 +18,7 @@ FACTOR_BYTES = 20  # an element, if all singular vectors were taken: two sides' 
 GRAM_BYTES = 10  # an entry of the (d, d) matrix in float64, and vectors while it is there
 DRAW_BYTES = 4  # an element: a simulated update, or one with other signs
 SHUFFLE_BYTES = 9  # an element: an update, gathered by the source's exponents
-PROCESS_BYTES = 280 << 20  # the interpreter and its libraries
+PROCESS_BYTES = 265_000_000  # the interpreter and its libraries
 BOUND_BYTES, BOUND_ELEMENT_BYTES = 500_000_000, 16
 SPARE_BYTES = 32 << 20  # what may always be read beside the largest tensor
 

@@ -28,7 +28,7 @@ __all__ = [
     "single_value_blocks",
 ]
 
-BLOCK_ELEMENTS = 1 << 23  # 32 MB: a block's product must outweigh adding it to the d × d sum
+BLOCK_ELEMENTS = 1 << 21  # 8 MB: four times as much gains no time
 
 
 SingleBlocks = Callable[[], Iterator[tuple[slice, np.ndarray]]]
