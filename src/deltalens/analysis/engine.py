@@ -62,11 +62,7 @@ def _elements(item: Item) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """Lets tensors in while those inside weigh no more than a limit, or one alone.
-
-    Attributes:
-        limit: in what `weigh` gives: elements, unless said otherwise.
-    """
+    """How much those under way may weigh together (one alone may weigh more); in elements, unless said otherwise."""
 
     limit: int
     weigh: Callable[[Any], int] = _elements
