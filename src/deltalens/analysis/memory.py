@@ -1,7 +1,7 @@
 """How much memory the analysis of one matrix holds, and how much all that are under way may hold together.
 
 The bound (issue 11): 500 MB and 4 × the largest tensor in float32, whatever the model and the number of threads. The
-figures below lie above every peak that was measured (docs/performance.md, by benchmarks/bench_memory.py).
+figures below lie above every peak that was measured (docs/performance.md; benchmarks/bench_bound.py, bench_memory.py).
 """
 
 from __future__ import annotations
