@@ -54,7 +54,8 @@ def test_equals_torch(name, density):
     norms = dense_training(dense, mask, lambda p: theirs(p, **settings, **only_theirs))
     optimizer = ours(compact, mask, max_grad_norm=0.3, **settings)
     got = compact_training(compact, optimizer)
-    np.testing.assert_allclose(got, norms, rtol=1e-5)
+    # Late norms are hundreds of times smaller than the first, and carry the rounding of terms of the first's size.
+    np.testing.assert_allclose(got, norms, rtol=1e-5, atol=3e-7 * max(norms))
     assert min(norms[:3]) > 0.3  # clipping was at work
     for (tensor, parameter), twin in zip(compact.named_parameters(), dense.parameters(), strict=True):
         torch.testing.assert_close(parameter, twin, rtol=0, atol=1e-6, msg=lambda m, t=tensor: f"{t}: {m}")
