@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 import deltalens
 from deltalens.analysis.journal import FOLDER
-from deltalens.analysis.ray_engine import Inputs, measure_all_on_ray
+from deltalens.analysis.memory import held_bytes
+from deltalens.analysis.ray_engine import WORKER_BYTES, Inputs, measure_all_on_ray
 from deltalens.checkpoint import open_checkpoint, pair_checkpoints
 from deltalens.cli import app
 from deltalens.errors import CheckpointError, DeltalensError
@@ -102,6 +103,19 @@ def test_what_was_cut_short_on_a_cluster_goes_on_without_it(cluster, pair, local
     analyzed(pair, tmp_path, progress=lambda done, total, name: again.append(name))
     assert len(again) == 1 + TENSORS - len(rows)
     assert contents(tmp_path) == local
+
+
+@pytest.mark.parametrize(("shape", "peak"), [((1024, 4096), 0.33), ((4096, 4096), 0.55), ((14336, 4096), 0.79)])
+def test_a_task_asks_for_the_memory_that_its_matrix_was_seen_to_need(pair, shape, peak):
+    """`peak`: GB of a process in exact mode, as docs/performance.md has them."""
+    with open_checkpoint(pair[0]) as source, open_checkpoint(pair[1]) as trained:
+        one = dataclasses.replace(pair_checkpoints(source, trained).pairs[0], shape=shape)
+    asked = {
+        spectrum: WORKER_BYTES + held_bytes(one, deltalens.Settings(spectrum=spectrum))
+        for spectrum in ("exact", "none")
+    }
+    assert peak * 1e9 < asked["exact"] < 1.5 * peak * 1e9
+    assert asked["none"] < asked["exact"]
 
 
 def test_errors_of_a_worker_are_its_own(cluster, pair, tmp_path, write_checkpoint):

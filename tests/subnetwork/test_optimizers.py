@@ -39,26 +39,27 @@ PAIRS = {
         {"betas": (0.0, 0.999)},
     ),
     "sgd": (CompactSGD, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.01}, {}),
-    "momentum": (CompactSGDMomentum, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.01}, {"momentum": 0.9}),
+    # Not 0.1: at the largest density one gradient nearly vanished, and its norm was the rounding of what cancelled.
+    "momentum": (CompactSGDMomentum, torch.optim.SGD, {"lr": 0.05, "weight_decay": 0.01}, {"momentum": 0.9}),
     "nesterov": (CompactSGDMomentum, torch.optim.SGD, {"lr": 0.1, "nesterov": True}, {"momentum": 0.9}),
     "rmsprop": (CompactRMSprop, torch.optim.RMSprop, {"lr": 1e-3, "weight_decay": 0.01}, {}),
 }
 
 
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float32, 1e-5, 1e-6), (torch.float64, 1e-12, 1e-14)])
 @pytest.mark.parametrize("density", [0.03, 0.175, 0.8])
 @pytest.mark.parametrize("name", PAIRS)
-def test_equals_torch(name, density):
+def test_equals_torch(name, density, dtype, rtol, atol):
     ours, theirs, settings, only_theirs = PAIRS[name]
-    dense, compact = small(), small()
+    dense, compact = small(dtype=dtype), small(dtype=dtype)
     mask, start = random_mask(dense, density), weights(dense)
     norms = dense_training(dense, mask, lambda p: theirs(p, **settings, **only_theirs))
     optimizer = ours(compact, mask, max_grad_norm=0.3, **settings)
     got = compact_training(compact, optimizer)
-    # Late norms are hundreds of times smaller than the first, and carry the rounding of terms of the first's size.
-    np.testing.assert_allclose(got, norms, rtol=1e-5, atol=3e-7 * max(norms))
+    np.testing.assert_allclose(got, norms, rtol=rtol)
     assert min(norms[:3]) > 0.3  # clipping was at work
     for (tensor, parameter), twin in zip(compact.named_parameters(), dense.parameters(), strict=True):
-        torch.testing.assert_close(parameter, twin, rtol=0, atol=1e-6, msg=lambda m, t=tensor: f"{t}: {m}")
+        torch.testing.assert_close(parameter, twin, rtol=0, atol=atol, msg=lambda m, t=tensor: f"{t}: {m}")
     assert off_mask_is_untouched(compact, start, mask)
     assert on_mask_has_moved(compact, start, mask) > 0.9
 

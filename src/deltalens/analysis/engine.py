@@ -28,7 +28,6 @@ from deltalens.checkpoint.pairing import TensorPair
 
 __all__ = ["Gate", "Item", "Progress", "Rows", "default_jobs", "measure_all", "run_all"]
 
-SMALL_ELEMENTS = 8 << 20  # tensors up to this size may always be measured side by side
 SURPLUS_BYTES = 8 << 20  # by which buffers may be larger than what is read into them
 
 Progress = Callable[[int, int, str], None]

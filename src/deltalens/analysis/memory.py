@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from deltalens.analysis.settings import Settings
 from deltalens.checkpoint.pairing import TensorPair
 
-__all__ = ["held_bytes", "room_for"]
+__all__ = ["SMALL_ELEMENTS", "held_bytes", "room_for"]
 
 PAIR_BYTES = 16 << 20  # whatever the shape: blocks, tables of words, the space between allocations
 FACTOR_BYTES = 20  # an element, if all singular vectors were taken: two sides' long ones, packed masks
@@ -20,6 +20,7 @@ DRAW_BYTES = 4  # an element: a simulated update, or one with other signs
 SHUFFLE_BYTES = 9  # an element: an update, gathered by the source's exponents
 PROCESS_BYTES = 265_000_000  # the interpreter and its libraries
 BOUND_BYTES, BOUND_ELEMENT_BYTES = 500_000_000, 16
+SMALL_ELEMENTS = 8 << 20  # tensors up to this size may always be worked on side by side, where elements are counted
 SPARE_BYTES = 32 << 20  # what may always be read beside the largest tensor
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from deltalens.analysis.analyze import checkpoint_files
-from deltalens.analysis.engine import SMALL_ELEMENTS, Gate
+from deltalens.analysis.engine import Gate
+from deltalens.analysis.memory import SMALL_ELEMENTS
 from deltalens.analysis.pair import Buffers
 from deltalens.checkpoint import Checkpoint, Skipped, TensorPair, open_checkpoint, pair_checkpoints
 from deltalens.checkpoint.base import DTYPE_BYTES

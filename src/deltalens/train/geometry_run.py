@@ -16,7 +16,8 @@ import numpy as np
 import polars as pl
 from threadpoolctl import threadpool_limits
 
-from deltalens.analysis.engine import SMALL_ELEMENTS, default_jobs
+from deltalens.analysis.engine import default_jobs
+from deltalens.analysis.memory import SMALL_ELEMENTS
 from deltalens.analysis.pair import Buffers, measure
 from deltalens.analysis.settings import Settings
 from deltalens.analysis.summary import summarise_rows
